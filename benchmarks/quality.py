@@ -1,0 +1,36 @@
+"""Perplexity of every system's model on the same token ids, in the same windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints import last_json, model_bytes, onnxpress, run
+from client import Worker
+from terminal import say
+
+
+def of_onnx(name: str, directory: Path, text: Path, *, tokens: int, context: int) -> dict[str, Any]:
+    """Perplexity of an ONNX directory, whoever wrote it, by `onnxpress eval`."""
+    say(f"perplexity of {name}")
+    counts = ("--tokens", str(tokens), "--context", str(context))
+    command = onnxpress("eval", directory, "--text", text, *counts, "--json")
+    report = last_json(run(command, f"onnxpress eval {directory}"), "onnxpress eval --json")
+    return {"perplexity": report["perplexity"], "tokens": report["tokens"], "bytes": model_bytes(directory)}
+
+
+def of_gguf(worker: Worker, path: Path, ids: Sequence[int], *, context: int) -> dict[str, Any]:
+    """Perplexity of a GGUF file in llama.cpp.
+
+    Args:
+        worker: a `worker_llama.py` with room for `context` tokens.
+        path: the file it holds.
+        ids: the text, without a token for its beginning; cut into windows of `context`, each predicted on its own.
+    """
+    say(f"perplexity of {worker.name}")
+    windows = [list(ids[start : start + context]) for start in range(0, len(ids), context)]
+    parts = [worker.ask("negative_log_likelihood", window=window) for window in windows if len(window) > 1]
+    total, count = sum(part["sum"] for part in parts), sum(part["tokens"] for part in parts)
+    return {"perplexity": math.exp(total / count), "tokens": len(ids), "bytes": model_bytes(path)}

@@ -1,0 +1,1 @@
+"""The compiler: contract of a pass, pipeline, views of the graph, artifact, reports."""

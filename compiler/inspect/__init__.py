@@ -1,0 +1,1 @@
+"""Graph inspection: summary of a model, its blocks, linears, bytes and operators."""

@@ -1,0 +1,521 @@
+"""One view of "a weight that multiplies an activation", whatever node holds it.
+
+    y[..., N] = x[..., K] @ w_NK^T        N out features, K in features
+
+The weight is always seen as `w_NK` (PyTorch's layout), be it the second input of a MatMul (stored K x N), a Gemm with
+or without transB, a MatMul behind a Transpose, the blocks of a MatMulNBits, or the product of two small factors. Passes
+read `w_NK()`, compute, and hand the result back through `set_weight` or by building a node of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.compiler import packing
+from onnxpress.compiler.blocks import Block, find_blocks
+
+MICROSOFT = "com.microsoft"
+Float2D = npt.NDArray[np.float32]
+
+# Roles a linear can play in a block; "linear" when nothing is known about it.
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "linear")
+
+
+@dataclass
+class Linear:
+    """A constant matrix multiplied with an activation.
+
+    Attributes:
+        name: unique and stable: "block3.gate", "head"; the node's own name when the role is unknown.
+        node: the operator that multiplies (MatMul, Gemm, MatMulNBits; the second MatMul of a low-rank pair).
+        holder: "MatMul", "Gemm", "Transpose+MatMul", "MatMulNBits" or "pair".
+        activation: the value x, shape [..., K].
+        output: the value that x @ w^T becomes, before a separate bias Add.
+        weight: the initializer that holds the matrix (codes for MatMulNBits, the first factor of a pair).
+        bias: initializer of shape [N] added to the output, None when there is none.
+        block: index of the block it belongs to, None outside of all blocks (head).
+        kind: one of KINDS.
+        num_out, num_in: N and K.
+    """
+
+    name: str
+    node: ir.Node
+    holder: str
+    activation: ir.Value
+    output: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+    num_out: int
+    num_in: int
+    block: int | None = None
+    kind: str = "linear"
+    factors: tuple[Linear, Linear] | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.num_out, self.num_in
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the stored form, scales and zero points included."""
+        return 8 * self.nbytes / (self.num_out * self.num_in)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that stores the matrix: codes, scales and zero points, or both factors."""
+        if self.factors is not None:
+            return sum(factor.nbytes for factor in self.factors)
+        if self.holder == "MatMulNBits":
+            return sum(_tensor(value).nbytes for value in self.node.inputs[1:4] if value is not None)
+        return _tensor(self.weight).nbytes
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the matrix is stored as integers."""
+        return self.holder == "MatMulNBits"
+
+    def w_NK(self) -> Float2D:  # noqa: N802
+        """The matrix as float32 [N, K], dequantized or multiplied out where it is not stored so; a fresh array or a
+        read-only view of the stored one: do not write into it."""
+        if self.factors is not None:
+            first, second = self.factors
+            return np.ascontiguousarray(second.w_NK() @ first.w_NK())
+        if self.holder == "MatMulNBits":
+            return packing.dequantize_node(self.node)
+        stored = _tensor(self.weight).numpy()
+        if self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB")):
+            stored = stored.T
+        return np.asarray(stored, dtype=np.float32)
+
+    def set_weight(self, make_w_NK: Callable[[], Float2D], name: str, shape: tuple[int, int] | None = None) -> None:
+        """Replaces the stored float matrix, lazily: `make_w_NK` runs when the model is saved.
+
+        Args:
+            make_w_NK: returns the new matrix, float32 [N, K]; holds no large array itself.
+            name: of the new initializer; must not exist yet.
+            shape: (N, K) of the new matrix, the present one by default.
+        """
+        if self.holder not in ("MatMul", "Gemm", "Transpose+MatMul"):
+            raise TypeError(f"{self.name}: a {self.holder} holds no float matrix of its own")
+        rows, columns = shape or self.shape
+        transposed = self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB"))
+        dims = (columns, rows) if transposed else (rows, columns)
+        dtype = _tensor(self.weight).dtype
+
+        def stored() -> ir.Tensor[Any]:
+            matrix = make_w_NK()
+            array = np.ascontiguousarray(matrix.T if transposed else matrix)
+            return ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+
+        graph = self.node.graph
+        assert isinstance(graph, ir.Graph)
+        new = ir.Value(
+            name=name,
+            shape=ir.Shape(dims),
+            type=ir.TensorType(dtype),
+            const_value=ir.LazyTensor(stored, dtype=dtype, shape=ir.Shape(dims), name=name),
+        )
+        graph.register_initializer(new)
+        old = self.weight
+        consumer = self.node if self.holder != "Transpose+MatMul" else _producer(self.node.inputs[1])
+        for index, value in enumerate(consumer.inputs):
+            if value is old:
+                consumer.replace_input_with(index, new)
+        self.weight, self.num_out, self.num_in = new, rows, columns
+        drop_unused(graph, old)
+
+
+@dataclass
+class Embedding:
+    """A table [V, H] from which rows are gathered.
+
+    Attributes:
+        node: the Gather or GatherBlockQuantized.
+        table: its initializer.
+        num_rows, width: V and H.
+        head: the linear that multiplies with the same bytes, None when untied.
+    """
+
+    node: ir.Node
+    table: ir.Value
+    num_rows: int
+    width: int
+    head: Linear | None = None
+
+    def table_VH(self) -> Float2D:  # noqa: N802
+        """The table as float32 [V, H]; do not write into it."""
+        if self.node.op_type == "GatherBlockQuantized":
+            return packing.dequantize_node(self.node)
+        return np.asarray(_tensor(self.table).numpy(), dtype=np.float32)
+
+
+def find_linears(model: ir.Model, *, blocks: list[Block] | None = None, expand_pairs: bool = False) -> list[Linear]:
+    """All linears of the main graph in topological order, with block and kind.
+
+    Args:
+        model: any ONNX model; not changed.
+        blocks: what `find_blocks(model)` returned, to spare a second search.
+        expand_pairs: list the two factors of a low-rank pair instead of the pair.
+    """
+    blocks = find_blocks(model) if blocks is None else blocks
+    found = list(_singles(model.graph))
+    if not expand_pairs:
+        found = _join_pairs(found)
+    _assign_roles(model.graph, found, blocks)
+    return found
+
+
+def find_embeddings(model: ir.Model, linears: list[Linear] | None = None) -> list[Embedding]:
+    """Tables that are gathered by the model's integer inputs, each with the head that shares its bytes, if any."""
+    linears = find_linears(model) if linears is None else linears
+    found = []
+    for node in model.graph:
+        if node.op_type == "GatherBlockQuantized" and _is_constant(node.inputs[0]):
+            rows, width = packing.gather_shape(node)
+        elif node.op_type == "Gather" and _int(node, "axis") == 0 and _is_float_matrix(node.inputs[0]):
+            table = node.inputs[0]
+            assert table is not None
+            rows, width = _dims(table)
+            if rows < 2 or node.inputs[1] is None or not _comes_from_input(node.inputs[1], model.graph):
+                continue
+        else:
+            continue
+        table = node.inputs[0]
+        assert table is not None
+        head = next((one for one in linears if _same_bytes(one.weight, table)), None)
+        found.append(Embedding(node=node, table=table, num_rows=rows, width=width, head=head))
+    return found
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value | None) -> None:
+    """Removes an initializer that nothing reads any more."""
+    if (
+        value is not None
+        and value.name is not None
+        and value.name in graph.initializers
+        and not value.uses()
+        and not value.is_graph_output()
+    ):
+        del graph.initializers[value.name]
+
+
+def unique_name(graph: ir.Graph, base: str) -> str:
+    """`base`, or `base_1`, `base_2`, ... when an initializer of that name exists."""
+    name, number = base, 0
+    while name in graph.initializers:
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+def _singles(graph: ir.Graph) -> Iterator[Linear]:
+    for node in graph:
+        inputs = node.inputs
+        if node.op_type == "MatMulNBits" and node.domain == MICROSOFT:
+            rows, columns = _int(node, "N"), _int(node, "K")
+            bias = inputs[5] if len(inputs) > 5 else None
+            yield _linear(node, "MatMulNBits", inputs[1], rows, columns, bias)
+        elif node.op_type == "MatMul" and node.domain == "" and not _is_constant(inputs[0]):
+            if _is_float_matrix(inputs[1]):
+                columns, rows = _dims(inputs[1])
+                yield _linear(node, "MatMul", inputs[1], rows, columns, None)
+            elif (source := _constant_transpose(inputs[1])) is not None:
+                rows, columns = _dims(source)
+                yield _linear(node, "Transpose+MatMul", source, rows, columns, None)
+        elif node.op_type == "Gemm" and node.domain == "" and _is_float_matrix(inputs[1]):
+            alpha, beta = (node.attributes.get(key) for key in ("alpha", "beta"))
+            plain = all(one is None or one.as_float() == 1.0 for one in (alpha, beta)) and not _int(node, "transA")
+            if plain and not _is_constant(inputs[0]):
+                first, second = _dims(inputs[1])
+                rows, columns = (first, second) if _int(node, "transB") else (second, first)
+                bias = inputs[2] if len(inputs) > 2 else None
+                yield _linear(node, "Gemm", inputs[1], rows, columns, bias)
+
+
+def _linear(
+    node: ir.Node, holder: str, weight: ir.Value | None, rows: int, columns: int, bias: ir.Value | None
+) -> Linear:
+    activation, output = node.inputs[0], node.outputs[0]
+    assert activation is not None
+    assert weight is not None
+    if bias is None:
+        bias = _added_bias(output, rows)
+    return Linear(
+        name=node.name or output.name or "linear",
+        node=node,
+        holder=holder,
+        activation=activation,
+        output=output,
+        weight=weight,
+        bias=bias,
+        num_out=rows,
+        num_in=columns,
+    )
+
+
+def _added_bias(output: ir.Value, rows: int) -> ir.Value | None:
+    """The [N] initializer that the only consumer of `output` adds, None when there is no such Add."""
+    consumers = output.consumers()
+    if len(consumers) == 1 and consumers[0].op_type == "Add" and not output.is_graph_output():
+        for value in consumers[0].inputs:
+            if _is_constant(value) and value is not None and _dims(value) == (rows,):
+                return value
+    return None
+
+
+def _join_pairs(found: list[Linear]) -> list[Linear]:
+    """Sees y = (x A) B with a narrow middle that nobody else reads as one linear."""
+    by_output = {id(one.output): one for one in found}
+    joined: list[Linear] = []
+    absorbed: set[int] = set()
+    for one in found:
+        first = by_output.get(id(one.activation))
+        if (
+            first is not None
+            and first.bias is None
+            and len(first.output.uses()) == 1
+            and first.num_out < min(first.num_in, one.num_out)
+        ):
+            absorbed.add(id(first))
+            pair = Linear(
+                name=one.name,
+                node=one.node,
+                holder="pair",
+                activation=first.activation,
+                output=one.output,
+                weight=first.weight,
+                bias=one.bias,
+                num_out=one.num_out,
+                num_in=first.num_in,
+                factors=(first, one),
+            )
+            joined.append(pair)
+        else:
+            joined.append(one)
+    return [one for one in joined if id(one) not in absorbed]
+
+
+def _assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) -> None:
+    """Names linears by what their outputs flow into: attention operands, a gated product, the residual, the logits."""
+    block_of = {id(node): block.index for block in blocks for node in block.nodes}
+    boundary = {id(node) for block in blocks for node in block.residuals}
+    outputs = {id(value) for value in graph.outputs}
+    starts = {id(one.node) for one in linears} | {id(one.factors[0].node) for one in linears if one.factors}
+    for one in linears:
+        one.block = block_of.get(id(one.node))
+        one.kind = _kind(one, starts, boundary, outputs)
+    _split_gate_up(linears)
+    used: dict[str, int] = {}
+    for one in linears:
+        if one.kind == "linear":
+            base = one.name
+        else:
+            base = one.kind if one.block is None else f"block{one.block}.{one.kind}"
+        used[base] = used.get(base, 0) + 1
+        one.name = base if used[base] == 1 else f"{base}.{used[base]}"
+        if one.factors is not None:
+            for factor, end in zip(one.factors, ("A", "B"), strict=True):
+                factor.name, factor.block, factor.kind = f"{one.name}.{end}", one.block, one.kind
+
+
+_ATTENTION = {"GroupQueryAttention": 3, "MultiHeadAttention": 3, "Attention": 3}
+
+
+def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) -> str:
+    """Follows the data from the output until an operator tells the role; linears, norms and residuals end a path."""
+    if one.block is None:
+        return "head" if _reaches(one.output, outputs, starts) else "linear"
+    roles: set[str] = set()
+    queue, seen = [one.output], {id(one.output)}
+    while queue:
+        value = queue.pop()
+        for node, index in value.uses():
+            if id(node) in starts:
+                if index == 0:
+                    roles.add("into_linear")
+                continue
+            if id(node) in boundary:
+                roles.add("residual")
+                continue
+            if node.op_type in _ATTENTION:
+                packed = len(node.inputs) < 2 or node.inputs[1] is None
+                roles.add("qkv" if packed and index == 0 else "qkv"[index] if index < 3 else "other")
+                continue
+            if node.op_type == "Softmax":
+                roles.add("scores")
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return _role(roles, one)
+
+
+def _role(roles: set[str], one: Linear) -> str:
+    attention = roles & {"q", "k", "v", "qkv"}
+    if len(attention) == 1:
+        return attention.pop()
+    if attention:
+        return "qkv"
+    if "scores" in roles:
+        # Before fusion both operands of the score product reach the Softmax; the cache tells them apart.
+        return "k" if _meets_cache(one.output) else "q"
+    if "residual" in roles:
+        return "o" if _after_attention(one) else "down"
+    if "into_linear" in roles:
+        return "v" if _meets_cache(one.output) else "gate_up"
+    return "linear"
+
+
+def _meets_cache(value: ir.Value) -> bool:
+    """Whether the value is joined with a graph input (a past key or value) before anything multiplies it away."""
+    queue, seen = [value], set()
+    while queue:
+        current = queue.pop()
+        for node in current.consumers():
+            if node.op_type == "Concat" and any(_is_past(v) for v in node.inputs):
+                return True
+            if node.op_type in ("MatMul", "Gemm", "Softmax", "MatMulNBits"):
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return False
+
+
+def _is_past(value: ir.Value | None) -> bool:
+    """Whether the value is a graph input, at most joined, cut or cast (as torch's exporter leaves the cache)."""
+    for _ in range(4):
+        if value is None or value.is_graph_input():
+            return value is not None
+        node = value.producer()
+        if node is None or node.op_type not in ("Concat", "Slice", "Cast", "Identity"):
+            return False
+        value = node.inputs[-1] if node.op_type == "Concat" else node.inputs[0]
+    return False
+
+
+def _after_attention(one: Linear) -> bool:
+    """Whether the activation comes from an attention operator or a product with a Softmax."""
+    value: ir.Value | None = one.activation
+    for _ in range(16):
+        node = value.producer() if value is not None else None
+        if node is None:
+            return False
+        if node.op_type in _ATTENTION:
+            return True
+        if node.op_type == "MatMul":
+            left = node.inputs[0].producer() if node.inputs[0] is not None else None
+            while left is not None and left.op_type in ("Cast", "Where", "Dropout", "Identity"):
+                source = left.inputs[-1] if left.op_type == "Where" else left.inputs[0]
+                left = source.producer() if source is not None else None
+            return left is not None and left.op_type == "Softmax"
+        value = node.inputs[0] if node.inputs else None
+    return False
+
+
+def _reaches(value: ir.Value, outputs: set[int], starts: set[int]) -> bool:
+    queue, seen = [value], {id(value)}
+    while queue:
+        current = queue.pop()
+        if id(current) in outputs:
+            return True
+        for node in current.consumers():
+            if id(node) in starts:
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return False
+
+
+_ACTIVATIONS = ("Sigmoid", "QuickGelu", "Gelu", "FastGelu", "Erf", "Tanh", "Relu", "Swish", "BiasGelu")
+
+
+def _split_gate_up(linears: list[Linear]) -> None:
+    """Of two linears whose outputs are multiplied, the one that an activation function touches is the gate."""
+    for one in linears:
+        if one.kind != "gate_up":
+            continue
+        value, activated = one.output, False
+        consumers = value.consumers()
+        while len(consumers) == 1 and consumers[0].op_type == "Add" and _is_constant(consumers[0].inputs[1]):
+            value = consumers[0].outputs[0]
+            consumers = value.consumers()
+        if any(node.op_type == "Split" or node.op_type == "Slice" for node in consumers):
+            continue  # both halves in one matrix
+        activated = any(node.op_type in _ACTIVATIONS for node in consumers)
+        gated = any(node.op_type == "Mul" for node in consumers) or activated
+        one.kind = "gate" if activated and gated else "up"
+
+
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _dims(value: ir.Value | None) -> tuple[int, ...]:
+    return tuple(_tensor(value).shape.numpy())
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def _is_float_matrix(value: ir.Value | None) -> bool:
+    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+    return _is_constant(value) and len(_tensor(value).shape) == 2 and _tensor(value).dtype in floats
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    node = value.producer() if value is not None else None
+    assert node is not None
+    return node
+
+
+def _constant_transpose(value: ir.Value | None) -> ir.Value | None:
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Transpose" and _is_float_matrix(node.inputs[0]):
+        return node.inputs[0]
+    return None
+
+
+def _comes_from_input(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether the indices are a graph input, at most reshaped or cast."""
+    current: ir.Value | None = value
+    for _ in range(8):
+        if current is None or current.is_graph_input():
+            return current is not None
+        node = current.producer()
+        if node is None or node.op_type not in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity"):
+            return False
+        current = node.inputs[0]
+    return False
+
+
+def _same_bytes(left: ir.Value, right: ir.Value) -> bool:
+    """Whether two values store the same bytes: one initializer, or one behind a Reshape or Transpose of it."""
+    if left is right:
+        return True
+    one, two = left, right
+    for _ in range(2):
+        node = one.producer()
+        if node is not None and node.op_type == "Reshape" and node.inputs[0] is two:
+            return True
+        one, two = two, one
+    return False
+
+
+def _int(node: ir.Node, name: str) -> int:
+    attribute: Any = node.attributes.get(name)
+    return 0 if attribute is None else int(attribute.as_int())

@@ -1,0 +1,1 @@
+"""Front ends: whatever the user has (Hugging Face, GGUF, ONNX) becomes a `Source`."""

@@ -1,0 +1,1 @@
+"""Replaces chains of small operators by the fused operators that ONNX Runtime has kernels for."""

@@ -1,0 +1,1 @@
+"""Replaces a large matrix by the product of two small ones."""

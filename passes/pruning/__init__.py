@@ -1,0 +1,1 @@
+"""Removes parts of a network."""

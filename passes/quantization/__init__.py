@@ -1,0 +1,1 @@
+"""Stores weights and activations in fewer bits."""

@@ -1,0 +1,51 @@
+"""Named pipelines: what `--recipe NAME` runs, and what `fuse` stands for in a pass text."""
+
+from __future__ import annotations
+
+from onnxpress.compiler.pass_ import Pass
+from onnxpress.compiler.target import Target
+from onnxpress.passes.canonicalize.simplify import Simplify
+from onnxpress.passes.fusion.fuse_attention import FuseAttention
+from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
+from onnxpress.passes.fusion.fuse_rotary import FuseRotary
+from onnxpress.passes.fusion.fuse_skip_rmsnorm import FuseSkipRmsnorm
+from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
+from onnxpress.passes.fusion.pack_qkv import PackQkv
+from onnxpress.passes.quantization.cast_float16 import CastFloat16
+from onnxpress.passes.quantization.rtn import Rtn
+
+__all__ = ["fp32", "fuse", "int4", "int4_small", "int8"]
+
+
+def fuse(target: Target) -> tuple[Pass, ...]:
+    """Canonicalizes and fuses everything that has a kernel; float16 where the target wants it."""
+    fused: tuple[Pass, ...] = (
+        Simplify(),
+        FuseRmsnorm(),
+        FuseRotary(),
+        FuseAttention(),
+        FuseSkipRmsnorm(),
+        FuseSwiglu(),
+        PackQkv(),
+    )
+    return (*fused, CastFloat16()) if target.provider == "cuda" else fused
+
+
+def fp32(target: Target) -> tuple[Pass, ...]:
+    """Fusion alone: the same numbers, fewer operators."""
+    return fuse(target)
+
+
+def int8(target: Target) -> tuple[Pass, ...]:
+    """All weights in 8 bits, the embedding included; practically without loss."""
+    return (*fuse(target), Rtn(bits=8, block_size=64))
+
+
+def int4(target: Target) -> tuple[Pass, ...]:
+    """Weights in 4 bits, embedding and head in 8."""
+    return (*fuse(target), Rtn(bits=4, block_size=32, head_bits=8, head_block_size=64))
+
+
+def int4_small(target: Target) -> tuple[Pass, ...]:
+    """All weights in 4 bits, embedding and head too."""
+    return (*fuse(target), Rtn(bits=4, block_size=32, head_bits=4, head_block_size=32))

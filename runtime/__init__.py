@@ -1,0 +1,1 @@
+"""Runs an artifact on ONNX Runtime: session, generation, evaluation, benchmark, placement."""
