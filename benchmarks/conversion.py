@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkpoints import model_bytes, run
+from checkpoints import model_bytes, read_through, run
 from client import HERE
 from terminal import BenchmarkError, say
 
@@ -35,7 +35,7 @@ def compare(
         start command) and `bytes` of what was written.
     """
     for path in inputs:
-        _read_through(path)
+        read_through(path)
     table: dict[str, Any] = {name: {"start": _cost(command, scratch), "runs": []} for name, command in starts.items()}
     for number in range(rounds):
         for name, command in converters.items():
@@ -63,11 +63,3 @@ def _cost(command: list[str], scratch: Path) -> dict[str, Any]:
         tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
         raise BenchmarkError(f"{' '.join(command)}: expected exit status 0, got {cost['returncode']}\n{tail}")
     return cost
-
-
-def _read_through(path: Path) -> None:
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb") as stream:
-                while stream.read(1 << 22):
-                    pass

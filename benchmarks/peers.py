@@ -28,7 +28,7 @@ import environments
 import psutil
 import quality
 import speed
-from checkpoints import Checkpoint, genai_builder, model_bytes, onnxpress, run
+from checkpoints import Checkpoint, genai_builder, model_bytes, onnxpress, read_through, run
 from client import HERE, Worker
 from rich.console import Console
 from rich.table import Table
@@ -113,10 +113,16 @@ def run_speed(systems: Systems) -> dict[str, Any]:
     context = max(1024, longest + options.new_tokens)
     models = systems.models
     with ExitStack() as stack:
-        workers = [stack.enter_context(systems.worker(name, path, context)) for name, path in models.items()]
+        workers, described = [], {}
+        for name, path in models.items():
+            read_through(path)
+            worker = stack.enter_context(systems.worker(name, path, context))
+            # The answer means that the model is loaded: one engine loads at a time.
+            described[name] = worker.ask("describe")
+            workers.append(worker)
         table = speed.compare(workers, load, options.rounds)
     for name, path in models.items():
-        table[name]["bytes"] = model_bytes(path)
+        table[name].update(described[name], bytes=model_bytes(path))
         table[name]["continuation"] = tokenizer.decode(table[name]["first_tokens"])
     peers = [name for name in models if name not in systems.ours]
     ratios = {f"{mine} / {peer}": speed.ratios(table, mine, peer) for mine in systems.ours for peer in peers}
@@ -336,8 +342,10 @@ def _plain(value: Any) -> Any:
 
 
 def _default_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "onnxpress" / "peers"
+    # Where onnxpress itself keeps what it fetches.
+    if chosen := os.environ.get("ONNXPRESS_CACHE"):
+        return Path(chosen) / "peers"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "onnxpress" / "peers"
 
 
 def _count(least: int) -> Any:
@@ -359,25 +367,39 @@ def _existing(text: str) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").splitlines()[0]
-    made = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(description=summary)
     add = made.add_argument
     add("--only", choices=PARTS, help="run one part")
     add("--convert", action="store_true", help="also time the conversion")
     add("--text", type=_existing, metavar="FILE", help="text for the perplexities")
-    add("--rounds", type=_count(1), default=5, help="measured speed rounds")
-    add("--convert-rounds", type=_count(1), default=3, help="measured conversions of each program")
-    add("--threads", type=_count(1), default=2, help="threads of every engine")
-    add("--prompt-tokens", type=_count(1), default=128, help="prompt before decoding")
-    add("--new-tokens", type=_count(2), default=128, help="tokens to decode")
-    add("--prefill-tokens", type=_count(1), default=512, help="prompt of the prefill measurement")
-    add("--eval-tokens", type=_count(2), default=EVAL_TOKENS, help="tokens of the text that are predicted")
-    add("--peers", nargs="+", choices=sorted(environments.PEERS), default=list(environments.PEERS), help="the others")
+    add("--rounds", type=_count(1), default=5, help="measured speed rounds (%(default)s)")
+    add("--convert-rounds", type=_count(1), default=3, help="measured conversions of each program (%(default)s)")
+    add("--threads", type=_count(1), default=2, help="threads of every engine (%(default)s)")
+    add("--prompt-tokens", type=_count(1), default=128, help="prompt before decoding (%(default)s)")
+    add("--new-tokens", type=_count(2), default=128, help="tokens to decode (%(default)s)")
+    add("--prefill-tokens", type=_count(1), default=512, help="prompt of the prefill measurement (%(default)s)")
+    add(
+        "--eval-tokens", type=_count(2), default=EVAL_TOKENS, help="tokens of the text that are predicted (%(default)s)"
+    )
+    add(
+        "--peers",
+        nargs="+",
+        choices=sorted(environments.PEERS),
+        default=list(environments.PEERS),
+        help="whom to compare with (both)",
+    )
     add("--ours", type=_existing, action="append", default=[], metavar="DIR", help="artifact to test instead of a new "
         f"one of {ZOO_NAME} with the recipe {RECIPE}; may be given more than once")  # fmt: skip
     add("--gguf", type=_existing, metavar="FILE", help=f"the weights, if not those of {ZOO_NAME}")
     add("--hf", type=_existing, metavar="DIR", help="the same weights as a Hugging Face directory, if there is one")
     add("--onnx", type=_existing, metavar="DIR", help="the same weights as an ONNX export, if there is one")
-    add("--env-dir", type=Path, default=_default_root(), metavar="DIR", help="where the peers' environments lie")
+    add(
+        "--env-dir",
+        type=Path,
+        default=_default_root(),
+        metavar="DIR",
+        help="where the peers' environments lie (%(default)s)",
+    )
     add("--work-dir", type=Path, metavar="DIR", help="where models are made; by default a folder of --env-dir")
     add("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     return made
@@ -385,7 +407,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    # Resolved at once: tools run in another working directory.
     options.env_dir = options.env_dir.expanduser().resolve()
+    if options.work_dir:
+        options.work_dir = options.work_dir.expanduser().resolve()
     try:
         compare(options)
     except BenchmarkError as error:

@@ -35,10 +35,10 @@ def compare(workers: Sequence[Worker], load: Load, rounds: int) -> dict[str, Any
     """Runs one discarded round and `rounds` measured ones.
 
     Returns:
-        by worker name: `load_s`, `engine`, `peak_rss_bytes`, `first_tokens` (the first 16 generated ids), `rounds`
+        by worker name: `peak_rss_bytes`, `first_tokens` (the first 16 generated ids), `rounds`
         (one dictionary of `MEASURES` and `foreign_share` each) and `median` of each measure.
     """
-    table: dict[str, Any] = {worker.name: {**worker.ask("describe"), "rounds": []} for worker in workers}
+    table: dict[str, Any] = {worker.name: {"rounds": []} for worker in workers}
     for worker in workers:
         # Weights into memory, arenas to their size, frequency up.
         settle(workers)

@@ -15,11 +15,15 @@ COMPANION_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
     "vocab.json",
     "merges.txt",
     "vocab.txt",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 
 

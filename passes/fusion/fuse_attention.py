@@ -1,0 +1,520 @@
+"""Fuses scaled dot-product attention with a key/value cache into GroupQueryAttention, rotary embedding included.
+
+Paper:   Ainslie et al., arXiv:2305.13245 (grouped queries); Vaswani et al., arXiv:1706.03762 (attention).
+Anchor:  a Softmax between two products, with a cache joined to the keys and the values. From there the graph is walked
+         to the projections; head counts are read off shapes, the scale off constants, the sliding window off the mask's
+         own values. Then both forms run on prompts, decode steps, chunks and left-padded batches, and must agree.
+Masks:   `attention_mask` becomes lengths (index of the last 1, per row) and an additive bias that hides padding on the
+         left. Nothing of the mask is dropped; `padding="right"` leaves the bias out for callers that never pad left.
+Rotary:  the kernel turns queries and keys by the slot they occupy, not by `position_ids`. Scores depend on distances
+         alone, so results are the same also behind padding on the left; only the cached keys of such rows are turned
+         by another, constant angle.
+Axes:    B batch, S sequence, T past + S, H query heads, G key/value heads, D width of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.compiler.fusing import Fuser, constant, other, producer, split_scalar
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, random_feed, run
+
+# Operators that move or repeat data without changing a number.
+_MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseAttention(Pass):
+    """One GroupQueryAttention per layer; scale, window, softcap and mask are carried over or the layer is left alone."""
+
+    promise: ClassVar[Promise] = Promise.CLOSE
+    paper: ClassVar[str] = "arXiv:2305.13245"
+
+    padding: Literal["any", "right"] = "any"  # "right": rows are never padded on the left, so no bias is needed
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        report = Report()
+        builder = _Builder(Fuser(model, report, context.seed), context, self.padding == "any")
+        for node in list(model.graph):
+            if node.op_type != "Softmax":
+                continue
+            site = node.name or node.outputs[0].name or "attention"
+            try:
+                found = _match(node)
+                builder.fuse(site, found)
+            except NotCuttable as reason:
+                report.skip(site, str(reason))
+        builder.fuser.finish()
+        return report
+
+
+@dataclass
+class _Attention:
+    """What was read off one attention: operands, cache, parameters."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    past_k: ir.Value
+    past_v: ir.Value
+    present_k: ir.Value
+    present_v: ir.Value
+    output: ir.Value
+    scale: float
+    softcap: float
+    mask: ir.Value | None
+    cos: ir.Value | None = None
+    sin: ir.Value | None = None
+    positions: ir.Value | None = None
+    interleaved: int = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, from the cache."""
+        return _static(self.past_k, 1)
+
+    @property
+    def head_size(self) -> int:
+        """D, from the cache."""
+        return _static(self.past_k, 3)
+
+
+def _match(softmax: ir.Node) -> _Attention:
+    """Walks from a Softmax to queries, keys, values, cache, mask and output.
+
+    Raises:
+        NotCuttable: the first thing that is not as in attention with a cache.
+    """
+    scores, mask, scale, softcap = _scores(softmax)
+    q, q_scale = _unscaled(scores.inputs[0])
+    keys, k_scale = _to_cache(scores.inputs[1], "keys")
+    product = _product_with_values(softmax)
+    values, v_scale = _to_cache(product.inputs[1], "values")
+    if v_scale != 1.0:
+        raise NotCuttable("the values are scaled")
+    found = _Attention(
+        q=q,
+        k=keys.new,
+        v=values.new,
+        past_k=keys.past,
+        past_v=values.past,
+        present_k=keys.present,
+        present_v=values.present,
+        output=_output(product),
+        scale=scale * q_scale * k_scale,
+        softcap=softcap,
+        mask=mask,
+    )
+    _absorb_rotary(found)
+    found.q, found.k, found.v = (_flat(value) for value in (found.q, found.k, found.v))
+    return found
+
+
+def _scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, float]:
+    """The product of queries and keys above a Softmax, the mask, the scale and the softcap between them."""
+    value, mask, scale, softcap = softmax.inputs[0], None, 1.0, 0.0
+    for _ in range(12):
+        node = producer(value)
+        if node is None:
+            break
+        if node.op_type == "MatMul":
+            return node, mask, scale, softcap
+        if node.op_type == "Cast":
+            value = node.inputs[0]
+        elif node.op_type in ("Add", "Where"):
+            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
+            up = [one for one in operands if _leads_to_product(one)]
+            if len(up) != 1 or mask is not None:
+                raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
+            mask = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
+            value = up[0]
+        elif node.op_type in ("Mul", "Div"):
+            inner, number = split_scalar(node)
+            if inner is None or number is None:
+                raise NotCuttable(f"the scores are multiplied by something that is not one number at {node.name}")
+            tanh = producer(inner, "Tanh")
+            if tanh is not None:
+                softcap = number
+                value = tanh.inputs[0]
+                scale *= softcap  # the division by the cap below the Tanh is not part of the scale
+            else:
+                scale *= number
+                value = inner
+        else:
+            raise NotCuttable(f"{node.op_type} between the scores and the Softmax")
+    raise NotCuttable("no product of queries and keys above the Softmax")
+
+
+def _leads_to_product(value: ir.Value | None) -> bool:
+    for _ in range(10):
+        node = producer(value, "MatMul", "Add", "Where", "Mul", "Div", "Tanh", "Cast")
+        if node is None:
+            return False
+        if node.op_type == "MatMul":
+            return True
+        if node.op_type in ("Add", "Where"):
+            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
+            return any(_leads_to_product(one) for one in operands)
+        value = split_scalar(node)[0] if node.op_type in ("Mul", "Div") else node.inputs[0]
+    return False
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+    """The value below multiplications with one number, and the product of these numbers."""
+    scale = 1.0
+    while (node := producer(value, "Mul", "Div", "Cast")) is not None:
+        inner, number = (node.inputs[0], 1.0) if node.op_type == "Cast" else split_scalar(node)
+        if inner is None or number is None:
+            break
+        value, scale = inner, scale * number
+    if value is None:
+        raise NotCuttable("no queries")
+    return value, scale
+
+
+@dataclass
+class _Cached:
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+
+
+def _to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
+    """Walks from an operand of a product up to the Concat with the cache."""
+    scale = 1.0
+    for _ in range(12):
+        node = producer(value)
+        if node is None:
+            break
+        if node.op_type == "Concat" and len(node.inputs) == 2:
+            past, new = node.inputs
+            if past is None or new is None or not past.is_graph_input():
+                break
+            return _Cached(past, new, node.outputs[0]), scale
+        if node.op_type in _MOVES:
+            value = node.inputs[0]
+        elif node.op_type in ("Mul", "Div"):
+            value, number = split_scalar(node)
+            scale *= number or 0.0
+        else:
+            break
+    raise NotCuttable(f"the {what} meet no cache")
+
+
+def _product_with_values(softmax: ir.Node) -> ir.Node:
+    """The MatMul of probabilities and values; guards against rows without any key (IsNaN, Where) are passed."""
+    value = softmax.outputs[0]
+    for _ in range(5):
+        readers = [node for node in value.consumers() if node.op_type != "IsNaN"]
+        if len(readers) != 1:
+            break
+        node = readers[0]
+        if node.op_type == "MatMul" and node.inputs[0] is value:
+            return node
+        if node.op_type not in ("Cast", "Where", "Identity", "Dropout"):
+            break
+        value = node.outputs[0]
+    raise NotCuttable("no product of probabilities and values below the Softmax")
+
+
+def _output(product: ir.Node) -> ir.Value:
+    """The value [B, S, H D] that the heads are joined into."""
+    value = product.outputs[0]
+    for _ in range(4):
+        readers = value.consumers()
+        if len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape", "Cast", "Identity"):
+            break
+        value = readers[0].outputs[0]
+        if readers[0].op_type == "Reshape":
+            return value
+    raise NotCuttable("the heads are not joined by Transpose and Reshape")
+
+
+def _absorb_rotary(found: _Attention) -> None:
+    """Takes the rotary embeddings of queries and keys in, when both have the same."""
+    q, k = producer(found.q, "RotaryEmbedding"), producer(found.k, "RotaryEmbedding")
+    if q is None or k is None:
+        return
+    same = all(one is two for one, two in zip(q.inputs[1:], k.inputs[1:], strict=True))
+    if not same or q.inputs[0] is None or k.inputs[0] is None:
+        return
+    found.q, found.k = q.inputs[0], k.inputs[0]
+    found.positions, found.cos, found.sin = q.inputs[1], q.inputs[2], q.inputs[3]
+    attribute = q.attributes.get("interleaved")
+    found.interleaved = 0 if attribute is None else attribute.as_int()
+
+
+def _flat(value: ir.Value) -> ir.Value:
+    """The [B, S, heads D] value whose heads were split into `value`; `value` itself when it was not split so."""
+    transpose = producer(value, "Transpose")
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return value
+    reshape = producer(transpose.inputs[0], "Reshape")
+    if reshape is None or reshape.inputs[0] is None or _rank(reshape.inputs[0]) != 3:
+        return value
+    return reshape.inputs[0]
+
+
+@dataclass
+class _Builder:
+    """Builds, checks and installs the fused operators of one model; what all layers share is made once."""
+
+    fuser: Fuser
+    context: Context
+    with_bias: bool
+    lengths: dict[int, tuple[ir.Value, ir.Value, ir.Value | None]] = field(default_factory=dict)
+    windows: dict[str, int] = field(default_factory=dict)
+    pending: list[ir.Node] = field(default_factory=list)
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.fuser.model.graph
+
+    def fuse(self, site: str, found: _Attention) -> None:
+        """Replaces one attention, or raises NotCuttable with the reason why not."""
+        if found.head_size % 8:
+            raise NotCuttable(f"the kernel wants a head size that is a multiple of 8, got {found.head_size}")
+        if found.mask is None:
+            raise NotCuttable("no mask: the attention is not causal")
+        mask_input = self._mask_input(found)
+        window = self._window(found)
+        inputs = [found.q, found.k, found.v]
+        outputs = [found.output, found.present_k, found.present_v]
+        reason = None
+        # Whether the kernel counts the token itself into the window is decided by execution as well.
+        for local in [window] if window < 0 else [window, window - 1, window + 1]:
+            nodes = self._nodes(found, mask_input, local)
+            news = list(nodes[-1].outputs)
+            feeds = _Samples(found, mask_input, window, self.context.seed)
+            reason = self.fuser.verdict(inputs, outputs, news, feeds, _blank_padding(mask_input))
+            if reason is None:
+                self.fuser.insert(self.pending)
+                self.pending = []
+                facts = {"scale": found.scale, "window": local, "softcap": found.softcap}
+                self.fuser.replace(site, outputs, news, nodes, **facts)
+                return
+        raise NotCuttable(reason or "no form agrees")
+
+    def _mask_input(self, found: _Attention) -> ir.Value:
+        """The graph input with a 1 for each token that may be seen, shape [B, T]."""
+        assert found.mask is not None
+        skip = {"input_ids", "position_ids"}
+        region = Region([found.q, found.k, found.v], [found.mask])
+        integers = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)
+        leaves = [
+            leaf
+            for leaf in region.leaves
+            if leaf.is_graph_input() and _rank(leaf) == 2 and leaf.dtype in integers and leaf.name not in skip
+        ]
+        if len(leaves) != 1:
+            raise NotCuttable("the mask does not come from one input of shape [batch, total]")
+        return leaves[0]
+
+    def _window(self, found: _Attention) -> int:
+        """How many tokens a query sees, itself included; -1 for all. Read off the mask of one decode step."""
+        assert found.mask is not None
+        # The mask is often cut to the length of the keys, so keys may be among its leaves.
+        region = Region([found.q, found.k, found.v], [found.mask])
+        key = region.signature()
+        if key not in self.windows:
+            self.windows[key] = self._probe(region, found)
+        return self.windows[key]
+
+    def _probe(self, region: Region, found: _Attention) -> int:
+        constants = [
+            int(value.const_value.numpy().reshape(-1)[0])
+            for value in region.constants
+            if value.const_value is not None and value.const_value.size == 1 and value.dtype == ir.DataType.INT64
+        ]
+        named = [int(self.context.config.get(key) or 0) for key in ("sliding_window", "attention_window_size")]
+        total = min(max([64, *constants, *named]), 1 << 17) + 9
+        mask_input = self._mask_input(found)
+        opset = self.fuser.model.opset_imports.get("", 18)
+        model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
+        feed = next(iter(_Samples(found, mask_input, -1, 0, False).steps(region.leaves, [(1, 1, total - 1, 0)])))
+        row = run(model, feed)[0].reshape(-1)
+        seen = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
+        count = int(seen.sum())
+        if seen.size != total or count == 0 or not seen[-count:].all():
+            raise NotCuttable("the mask is neither causal nor a sliding window")
+        return -1 if count == total else count
+
+    def _nodes(self, found: _Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
+        """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
+        before: list[ir.Node] = []
+        q, k, v = (self._joined(value, before) for value in (found.q, found.k, found.v))
+        seqlens, total, bias = self._lengths(mask_input)
+        width = _static(q, 2) if _rank(found.q) == 3 else _static(found.q, 1) * found.head_size
+        attributes: list[Any] = [
+            ir.AttrInt64("num_heads", width // found.head_size),
+            ir.AttrInt64("kv_num_heads", found.num_kv_heads),
+            ir.AttrFloat32("scale", found.scale),
+            ir.AttrInt64("local_window_size", window),
+        ]
+        if found.softcap:
+            attributes.append(ir.AttrFloat32("softcap", found.softcap))
+        if found.cos is not None:
+            attributes += [ir.AttrInt64("do_rotary", 1), ir.AttrInt64("rotary_interleaved", found.interleaved)]
+        # No position_ids: for a first prompt the kernel ignores them and counts slots, so it must count slots always.
+        operands = [q, k, v, found.past_k, found.past_v, seqlens, total, found.cos, found.sin, None, bias]
+        while operands[-1] is None:
+            operands.pop()
+        name = f"{found.output.name}/attention"
+        fused = ir.Node("com.microsoft", "GroupQueryAttention", operands, attributes, num_outputs=3, name=name)
+        return [*before, fused]
+
+    def _joined(self, value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+        """`value` as [B, S, heads D]; a [B, heads, S, D] value gets a Transpose and a Reshape."""
+        if _rank(value) == 3:
+            return value
+        if _rank(value) != 4:
+            raise NotCuttable(f"{value.name} is of unknown rank")
+        swap = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])], name=f"{value.name}/swap")
+        shape = constant(self.graph, np.array([0, 0, -1], np.int64), "join_heads")
+        join = ir.Node("", "Reshape", [swap.outputs[0], shape], name=f"{value.name}/join")
+        width = _static(value, 1) * _static(value, 3)
+        join.outputs[0].shape, join.outputs[0].dtype = ir.Shape([None, None, width]), value.dtype
+        swap.outputs[0].dtype = value.dtype
+        nodes += [swap, join]
+        return join.outputs[0]
+
+    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(index of the last visible token per row, T, bias that hides padding) from the mask; once per model.
+
+        The total comes from a shape, not from a reduction: it must lie in host memory, and a reduction on the device
+        would be copied back at every step.
+        """
+        if id(mask) in self.lengths:
+            return self.lengths[id(mask)]
+        made = _Chain(self.graph, "mask")
+        floats = made.node("Cast", [mask], to=ir.DataType.FLOAT)
+        summed = made.node("CumSum", [floats, made.const(np.array(1, np.int64), "axis")])
+        # The first maximum of the running count is the last visible token, for padding on either side.
+        last = made.node("ArgMax", [summed], axis=1, keepdims=0)
+        seqlens = made.node("Cast", [last], to=ir.DataType.INT32)
+        seqlens.shape, seqlens.dtype = ir.Shape([None]), ir.DataType.INT32
+        whole = made.node("Shape", [mask])
+        length = made.node("Gather", [whole, made.const(np.array(1, np.int64), "one")], axis=0)
+        total = made.node("Cast", [length], to=ir.DataType.INT32)
+        total.shape, total.dtype = ir.Shape([]), ir.DataType.INT32
+        bias = self._bias(made, mask, floats) if self.with_bias else None
+        self.pending += made.nodes
+        self.lengths[id(mask)] = (seqlens, total, bias)
+        return self.lengths[id(mask)]
+
+    def _bias(self, made: _Chain, mask: ir.Value, floats: ir.Value) -> ir.Value:
+        """[B, 1, S, T]: 0 for visible tokens, the most negative number for padding."""
+        ids = next((one for one in self.graph.inputs if one.name in ("input_ids", "inputs_embeds")), None)
+        if ids is None:
+            raise NotCuttable("no input_ids to take the sequence length from")
+        dtype = self.fuser.model.graph.inputs[0].dtype
+        dtype = next((one.dtype for one in self.graph.inputs if _rank(one) == 4 and one.dtype is not None), dtype)
+        lowest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).min)
+        hidden = made.node("Sub", [made.const(np.array(1, np.float32), "one_float"), floats])
+        scaled = made.node("Mul", [hidden, made.const(np.array(lowest, np.float32), f"lowest_{lowest:.0e}")])
+        if dtype not in (ir.DataType.FLOAT, None):
+            scaled = made.node("Cast", [scaled], to=dtype)
+        rows = made.node("Unsqueeze", [scaled, made.const(np.array([1, 2], np.int64), "axes")])
+        sizes = made.node("Shape", [ids])
+        index = made.const(np.array([1], np.int64), "one_list")
+        sequence = made.node("Gather", [sizes, index], axis=0)
+        ones = made.const(np.array([1, 1], np.int64), "ones")
+        shape = made.node("Concat", [ones, sequence, made.const(np.array([1], np.int64), "one_list")], axis=0)
+        bias = made.node("Expand", [rows, shape])
+        bias.shape, bias.dtype = ir.Shape([None, 1, None, None]), dtype
+        return bias
+
+
+class _Chain:
+    """A few small nodes with common name prefix."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self.prefix = graph, prefix
+        self.nodes: list[ir.Node] = []
+
+    def const(self, array: Array, name: str) -> ir.Value:
+        return constant(self.graph, array, f"{self.prefix}/{name}")
+
+    def node(self, op: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+        given = [ir.AttrInt64(name, int(value)) for name, value in attributes.items()]
+        node = ir.Node("", op, inputs, given, name=f"{self.prefix}/{op}_{len(self.nodes)}")
+        node.outputs[0].name = f"{self.prefix}/{op}_{len(self.nodes)}.out"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+
+@dataclass
+class _Samples:
+    """Sample inputs of an attention region: prompt, decode, chunk, and padding on the left."""
+
+    found: _Attention
+    mask: ir.Value
+    window: int
+    seed: int
+    window_known: bool = True  # while it is probed, positions stay at 0: the cache of angles may be shorter
+
+    def __call__(self, leaves: Sequence[ir.Value]) -> Iterable[list[Array]]:
+        steps = [(2, 5, 0, 0), (2, 1, 7, 0), (1, 3, 4, 0)]
+        if self.window > 0:
+            steps += [(1, 1, self.window + 3, 0), (1, self.window + 4 if self.window < 64 else 3, 0, 0)]
+        yield from self.steps(leaves, steps)
+        # With padding on the left, a prompt and then a decode step on the cache that each form made for itself.
+        prompt, decode = self.steps(leaves, [(2, 6, 0, 2), (2, 1, 6, 2)])
+        places = {id(leaf): place for place, leaf in enumerate(leaves)}
+        carry = {places[id(self.found.past_k)]: 1, places[id(self.found.past_v)]: 2}
+        yield prompt
+        yield Sample(decode, carry=carry)
+
+    def steps(self, leaves: Sequence[ir.Value], steps: Sequence[tuple[int, int, int, int]]) -> Iterable[list[Array]]:
+        """Feeds for (batch, sequence, past, left padding of the last row)."""
+        rng = np.random.default_rng(self.seed)
+        for batch, sequence, past, padding in steps:
+            total = past + sequence
+            mask = np.ones((batch, total), np.int64)
+            mask[batch - 1, :padding] = 0
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, past:]
+            given: dict[int, Array] = {}
+            for leaf in leaves:
+                if leaf is self.mask:
+                    given[id(leaf)] = mask.astype((leaf.dtype or ir.DataType.INT64).numpy())
+                elif leaf is self.found.positions or (leaf.is_graph_input() and leaf.name == "position_ids"):
+                    positions = positions if self.window_known else np.zeros_like(positions)
+                    given[id(leaf)] = positions.astype((leaf.dtype or ir.DataType.INT64).numpy())
+                elif leaf.is_graph_input() and _rank(leaf) == 4:
+                    size = (batch, _static(leaf, 1), past, _static(leaf, 3))
+                    given[id(leaf)] = rng.standard_normal(size).astype((leaf.dtype or ir.DataType.FLOAT).numpy())
+            yield random_feed(leaves, {"batch": batch, "sequence": sequence}, rng, given)
+
+
+def _blank_padding(mask: ir.Value) -> Any:
+    """Rows of padding tokens may differ: what a hidden token attends to has no meaning."""
+
+    def valid(leaves: Sequence[ir.Value], feed: Sequence[Array], index: int, array: Array) -> Array:
+        seen = next(one for leaf, one in zip(leaves, feed, strict=True) if leaf is mask)
+        if index == 0:
+            return array * (seen[:, -array.shape[1] :, None] != 0)
+        if index == 1:  # keys of padded rows are turned by another angle
+            return array * seen.all(axis=1)[:, None, None, None]
+        return array
+
+    return valid
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _static(value: ir.Value, axis: int) -> int:
+    """A size that must be known."""
+    size = value.shape[axis] if value.shape is not None and len(value.shape) > axis else None
+    if not isinstance(size, int):
+        raise NotCuttable(f"axis {axis} of {value.name} has no fixed size")
+    return size
+
+
