@@ -291,7 +291,7 @@ class _Builder:
         for local in [window] if window < 0 else [window, window - 1, window + 1]:
             nodes = self._nodes(found, mask_input, local)
             news = list(nodes[-1].outputs)
-            feeds = _Samples(found, mask_input, window, self.context.seed)
+            feeds = _Samples(found, mask_input, window, self.context.seed, self.with_bias)
             reason = self.fuser.verdict(inputs, outputs, news, feeds, _blank_padding(mask_input))
             if reason is None:
                 self.fuser.insert(self.pending)
@@ -337,7 +337,7 @@ class _Builder:
         mask_input = self._mask_input(found)
         opset = self.fuser.model.opset_imports.get("", 18)
         model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
-        feed = next(iter(_Samples(found, mask_input, -1, 0, False).steps(region.leaves, [(1, 1, total - 1, 0)])))
+        feed = next(iter(_Samples(found, mask_input, -1, 0, window_known=False).steps(region.leaves, [(1, 1, total - 1, 0)])))
         row = run(model, feed)[0].reshape(-1)
         seen = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
         count = int(seen.sum())
@@ -457,6 +457,7 @@ class _Samples:
     mask: ir.Value
     window: int
     seed: int
+    left: bool = True  # whether rows may be padded on the left
     window_known: bool = True  # while it is probed, positions stay at 0: the cache of angles may be shorter
 
     def __call__(self, leaves: Sequence[ir.Value]) -> Iterable[list[Array]]:
@@ -464,6 +465,8 @@ class _Samples:
         if self.window > 0:
             steps += [(1, 1, self.window + 3, 0), (1, self.window + 4 if self.window < 64 else 3, 0, 0)]
         yield from self.steps(leaves, steps)
+        if not self.left:
+            return
         # With padding on the left, a prompt and then a decode step on the cache that each form made for itself.
         prompt, decode = self.steps(leaves, [(2, 6, 0, 2), (2, 1, 6, 2)])
         places = {id(leaf): place for place, leaf in enumerate(leaves)}
