@@ -1,0 +1,202 @@
+"""The directory that comes out: written once, opened often.
+
+    model.onnx, model.onnx.data     the graph and its weights
+    tokenizer.json, ...             as they came with the source
+    config.json, generation_config.json, genai_config.json
+    onnxpress.json                  the card: passes, numbers, hashes, versions
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import onnx_ir as ir
+
+from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
+from onnxpress.compiler.genai import genai_config
+from onnxpress.compiler.report import Card, installed
+from onnxpress.compiler.staging import MANIFEST
+from onnxpress.compiler.target import Target
+
+if TYPE_CHECKING:
+    from onnxpress.runtime.evaluate import Evaluation
+    from onnxpress.runtime.session import Session
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+IR_VERSION = 10  # the newest that every ONNX Runtime since 1.20 loads
+INLINE_BYTES = 256  # smaller tensors stay in the graph file
+PIPELINE_KEY = "onnxpress.pipeline"
+
+# What exporters note on every node about the Python code it came from; megabytes in a large graph.
+_EXPORTER_NOTES = ("pkg.", "namespace")
+
+
+class Origin(Protocol):
+    """What the writer needs to know of the source model."""
+
+    generation_config: dict[str, Any]
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory that onnxpress wrote.
+
+    Attributes:
+        directory: where it lies.
+        report: its card, the content of `onnxpress.json`.
+    """
+
+    directory: Path
+    report: Card
+
+    @property
+    def model_path(self) -> Path:
+        """The graph file."""
+        return self.directory / GRAPH
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of graph and weights."""
+        return sum(path.stat().st_size for path in (self.model_path, self.directory / DATA) if path.exists())
+
+    def session(self, **options: Any) -> Session:
+        """A session of onnxpress' runtime on this model; see `onnxpress.runtime.session.Session.open`."""
+        from onnxpress.runtime.session import Session
+
+        return Session.open(self.directory, **options)
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The text that the model writes after `prompt`; see `onnxpress.runtime.generate.generate`."""
+        from onnxpress.runtime.generate import generate
+
+        return generate(self._session, prompt, **options)
+
+    def evaluate(self, text: str, **options: Any) -> Evaluation:
+        """Perplexity on `text`, and with `reference=` the distance from another model."""
+        from onnxpress.runtime.evaluate import evaluate
+
+        return evaluate(self._session, text, **options)
+
+    @functools.cached_property
+    def _session(self) -> Session:
+        return self.session()
+
+    def __str__(self) -> str:
+        return str(self.directory)
+
+
+def open_artifact(directory: str | Path) -> Artifact:
+    """The artifact in `directory`.
+
+    Raises:
+        BadModelFileError: no artifact there, its card is unreadable, or its graph is missing.
+    """
+    directory = Path(directory)
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        raise BadModelFileError(
+            f"{directory}: expected an artifact of onnxpress, found no {MANIFEST}", hint="write one: onnxpress optimize"
+        )
+    try:
+        card = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModelFileError(f"{manifest}: expected JSON: {error}", hint="write the artifact again") from error
+    if not isinstance(card, dict):
+        raise BadModelFileError(f"{manifest}: expected a JSON object, found {type(card).__name__}")
+    if not (directory / GRAPH).is_file():
+        raise BadModelFileError(f"{directory}: {GRAPH} is missing", hint="write the artifact again")
+    return Artifact(directory, card)
+
+
+def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", name: str = GRAPH) -> Path:
+    """Saves `model` with external data, one tensor in memory at a time; returns the graph file.
+
+    The model is set up for ONNX Runtime on the way: IR version, operator domains, producer, `onnxpress.pipeline`.
+    """
+    model.ir_version = IR_VERSION
+    used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    for domain in used - set(model.opset_imports):
+        model.opset_imports[domain] = 1
+    for domain in set(model.opset_imports) - used - {""} - {function.domain for function in model.functions.values()}:
+        del model.opset_imports[domain]
+    model.producer_name, model.producer_version = "onnxpress", installed("onnxpress") or ""
+    if pipeline:
+        model.metadata_props[PIPELINE_KEY] = pipeline
+    _drop_exporter_notes(model)
+    path = directory / name
+    ir.save(model, path, external_data=f"{name}.data", size_threshold_bytes=INLINE_BYTES)
+    return path
+
+
+def write_companions(
+    model: ir.Model, directory: Path, *, source: Origin, config: Mapping[str, Any], target: Target
+) -> None:
+    """Copies the tokenizer files and writes the configs beside a graph."""
+    for name, path in source.files.items():
+        shutil.copyfile(path, directory / name)
+    if config:
+        _write_json(directory / "config.json", dict(config))
+    if source.generation_config:
+        _write_json(directory / "generation_config.json", source.generation_config)
+    if (genai := genai_config(model, config, source.generation_config, target)) is not None:
+        _write_json(directory / "genai_config.json", genai)
+
+
+def write_card(card: Card, directory: Path) -> None:
+    """Writes `onnxpress.json`; it accounts for every file of the directory, with sizes and hashes of graph and weights."""
+    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    card["files"] = {name: _facts(directory / name, with_hash=name in (GRAPH, DATA)) for name in names}
+    _write_json(directory / MANIFEST, card)
+
+
+def require_language_model(names: Iterable[str], what: str) -> None:
+    """Raises UnsupportedModelError unless a model with these input and output names maps token ids to logits."""
+    missing = {"input_ids", "logits"} - set(names)
+    if missing:
+        raise UnsupportedModelError(
+            f"{what}: needs a language model, this graph has no {' and no '.join(sorted(missing))}",
+            hint="use inspect to see its inputs and outputs",
+        )
+
+
+def _drop_exporter_notes(model: ir.Model) -> None:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.doc_string = None
+        for key in [key for key in node.metadata_props if key.startswith(_EXPORTER_NOTES)]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            for key in [key for key in value.metadata_props if key.startswith(_EXPORTER_NOTES)]:
+                del value.metadata_props[key]
+
+
+def _facts(path: Path, *, with_hash: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"bytes": path.stat().st_size}
+    if with_hash:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        facts["sha256"] = digest.hexdigest()
+    return facts
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """numpy numbers, paths and sets as JSON knows them."""
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, set | frozenset | tuple):
+        return sorted(value)
+    return str(value)

@@ -1,0 +1,169 @@
+"""Runs a saved model on sample inputs, to see what a pass did to its outputs.
+
+Understands decoders (token ids, attention mask, positions, key-value cache) and encoders; anything else gets random
+numbers of the shapes that the graph declares. This is the compiler's own small harness: graph optimizations of ONNX
+Runtime can be off, so that what is compared is the graph as it was written.
+
+Axes: B batch, S tokens of a step, P tokens in the cache, T = P + S, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+Array = npt.NDArray[Any]
+
+_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+# Sizes for symbolic dimensions of inputs that are not text; the first word found in the dimension's name counts.
+_SIZES = {"batch": 2, "channel": 3, "height": 224, "width": 224, "sequence": 8, "length": 8}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a decoder.
+
+    Attributes:
+        ids_BS: token ids.
+        mask_BT: 1 for a token, 0 for padding; the cache included.
+        cache: arrays by input name; {} for an empty cache.
+    """
+
+    ids_BS: npt.NDArray[np.int64]
+    mask_BT: npt.NDArray[np.int64]
+    cache: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Probe:
+    """A session on the CPU with one thread order and, by default, no graph optimizations."""
+
+    def __init__(self, path: Path, *, optimized: bool = False, threads: int = 0, prepacked: bool = True) -> None:
+        """Loads the model at `path`.
+
+        Args:
+            path: the graph file.
+            optimized: let ONNX Runtime optimize the graph.
+            threads: 0 for all cores.
+            prepacked: copy weights into the layout that the kernels like; without it float weights stay mapped from
+                the file, which is slower per call and needs hardly any memory.
+        """
+        options = ort.SessionOptions()
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.enable_mem_pattern = False
+        if not prepacked:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it maps token ids to logits."""
+        return "input_ids" in self.inputs and "logits" in self.outputs
+
+    def logits(self, ids_BS: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """float32 [B, S, V] of unpadded token ids, without a cache."""
+        feeds = self.decoder_feeds(Step(ids_BS, np.ones_like(ids_BS)))
+        (result,) = self.session.run(["logits"], feeds)
+        return np.asarray(result, dtype=np.float32)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name."""
+        return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
+
+    def decoder_feeds(self, step: Step) -> dict[str, Array]:
+        """Inputs of a decoder or text encoder for one step."""
+        (batch, length), total = step.ids_BS.shape, step.mask_BT.shape[1]
+        positions_BT = np.maximum(np.cumsum(step.mask_BT, axis=1) - 1, 0)
+        known = {
+            "input_ids": step.ids_BS,
+            "attention_mask": step.mask_BT,
+            "position_ids": positions_BT[:, total - length :],
+            "token_type_ids": np.zeros_like(step.ids_BS),
+            "use_cache_branch": np.array([bool(step.cache)]),
+        }
+        feeds: dict[str, Array] = {}
+        for name, value in self.inputs.items():
+            if name in known:
+                feeds[name] = known[name].astype(_TYPES[value.type], copy=False)
+            elif name in step.cache:
+                feeds[name] = step.cache[name]
+            elif "past" in name:
+                feeds[name] = np.zeros(_fill(value.shape, {0: batch}, 0), _TYPES[value.type])
+            else:
+                feeds[name] = _random(name, value)
+        return feeds
+
+    def random_feeds(self, seed: int = 0) -> dict[str, Array]:
+        """Inputs of any model: random numbers of the declared shapes; the same for every model with these inputs."""
+        return {name: _random(name, value, seed) for name, value in self.inputs.items()}
+
+    def next_cache(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What a decoder's outputs are as cache inputs of the next step, paired in the order of declaration."""
+        pasts = [name for name in self.inputs if "past" in name]
+        presents = [name for name in self.outputs if "present" in name]
+        by_name = {name.replace("present", "past_key_values"): name for name in presents}
+        if all(past in by_name for past in pasts):
+            return {past: outputs[by_name[past]] for past in pasts}
+        return {past: outputs[present] for past, present in zip(pasts, presents, strict=True)}
+
+
+def log_softmax(logits_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Natural logarithms of the probabilities along the last axis."""
+    shifted = logits_TV - logits_TV.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    return shifted
+
+
+def kl_divergence(log_p_TV: npt.NDArray[np.float32], log_q_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """KL(p || q) in nats for each row; never below 0."""
+    kl_T = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(axis=-1, dtype=np.float64)
+    return np.maximum(kl_T, 0.0)
+
+
+def _random(name: str, value: Any, seed: int = 0) -> Array:
+    """Normal numbers for floats, small whole numbers else; seeded by the input's name, so that it is the same for two
+    models that declare their inputs in another order."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    shape = _fill(value.shape, {}, None)
+    dtype = _TYPES[value.type]
+    if np.issubdtype(dtype, np.floating):
+        return rng.standard_normal(shape).astype(dtype)
+    if "mask" in name:
+        return np.ones(shape, dtype)
+    return rng.integers(0, 2 if dtype is np.bool_ else 8, shape).astype(dtype)
+
+
+def _fill(shape: Sequence[Any], given: Mapping[int, int], rest: int | None) -> list[int]:
+    """A shape with numbers for its symbolic dimensions."""
+    sizes = []
+    for axis, dim in enumerate(shape):
+        if isinstance(dim, int):
+            sizes.append(dim)
+        elif axis in given:
+            sizes.append(given[axis])
+        elif rest is not None:
+            sizes.append(rest)
+        else:
+            word = str(dim or "").lower()
+            sizes.append(next((size for key, size in _SIZES.items() if key in word), 2 if axis == 0 else 8))
+    return sizes

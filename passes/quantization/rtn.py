@@ -1,0 +1,455 @@
+"""Rounds every weight to the nearest of 4, 16 or 256 levels, block by block, with the scale of least squared error.
+
+Needs no data. A block of `block_size` weights of a row shares one scale; symmetric blocks use the full range with a
+signed scale, so that the largest weight of either sign falls on a level.
+
+Paper:   folklore; "mse" alternates rounding and a least-squares scale from several starts.
+Differs: the scale is rounded to its storage type before the codes are computed, so no error is added afterwards.
+Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a block
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.compiler import packing
+from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
+from onnxpress.compiler.nbits import (
+    BITS,
+    BLOCK_SIZES,
+    CodedMatrix,
+    activation_error,
+    replace_embedding,
+    replace_linear,
+    slow_kernel,
+    store,
+)
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+
+Floats = npt.NDArray[Any]
+Codes = npt.NDArray[np.uint8]
+
+# Starts of the scale search, relative to the scale that maps the largest weight onto the end of the range. A flipped
+# sign (second row) gives the largest weight the short end of a symmetric range, which many blocks prefer.
+_STARTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    2: ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)),
+    4: ((0.75, 0.82, 0.88, 0.94, 1.0, 1.06), (0.82, 0.88, 0.94, 1.0, 1.07, 1.14)),
+    8: ((0.97, 0.985, 1.0), (1.0,)),
+}
+_CHUNK = 1 << 16  # weights worked on at a time: the four buffers of a chunk stay in the cache of a core
+
+
+def round_blocks(
+    w_GbN: Floats, *, bits: int, symmetric: bool, scales: Literal["max", "mse"], scale_dtype: np.dtype[Any]
+) -> tuple[Codes, Floats, Codes | None, Floats]:
+    """Codes and scales of blocks that lie along axis 1.
+
+    Args:
+        w_GbN: weights, float32 or float64; b weights share a scale. Not changed.
+        bits: 2, 4 or 8.
+        symmetric: the zero point is 2^(bits - 1); else every block has its own.
+        scales: "max" spreads the levels over the range of the block; "mse" searches for the least squared error.
+        scale_dtype: type in which scales are stored.
+
+    Returns:
+        codes_GbN: uint8, unsigned.
+        scale_GN: weight per step, `scale_dtype`; negative where the largest weight is positive.
+        zero_GN: uint8, None when symmetric.
+        loss_GN: squared error of each block, type of `w_GbN`.
+
+    Laws:   |w - (code - zero) scale| <= |scale| / 2 with "max", asymmetric, and for all but the end opposite to the
+            largest weight when symmetric; "mse" never has a larger error than "max" on any block; a block that lies on
+            a grid of integers is reproduced.
+    Cost:   O(K N) for each of some 14 starts, about 1 ns a weight and start.
+    """
+    scale_GN, zero_GN = _range(w_GbN, bits, symmetric)
+    start = _stored(scale_GN, scale_dtype)
+    steps, loss = _round(w_GbN, start, zero_GN, bits)
+    if scales == "max":
+        best, zero = start, zero_GN
+    else:
+        best, zero = _search(w_GbN, scale_GN, zero_GN, bits, symmetric)
+        best = _stored(best, scale_dtype)
+        searched, searched_loss = _round(w_GbN, best, zero, bits)
+        worse = searched_loss >= loss
+        best, zero = np.where(worse, start, best), np.where(worse, zero_GN, zero)
+        loss = np.where(worse, loss, searched_loss)
+        np.copyto(steps, searched, where=~worse[:, None])
+    codes = np.empty(steps.shape, np.uint8)
+    np.add(steps, zero[:, None], out=codes, casting="unsafe")
+    return codes, best.astype(scale_dtype), None if symmetric else zero.astype(np.uint8), loss
+
+
+def _range(w_GbN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
+    """Scale and zero point that spread the levels over the weights of each block."""
+    low, high = w_GbN.min(axis=1), w_GbN.max(axis=1)
+    if symmetric:
+        largest = np.where(-low > high, low, high)
+        scale = largest / w_GbN.dtype.type(-(2 ** (bits - 1)))
+        return _nonzero(scale), np.full_like(scale, 2 ** (bits - 1))
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scale = _nonzero((high - low) / w_GbN.dtype.type(2**bits - 1))
+    return scale, np.clip(np.rint(-low / scale), 0, 2**bits - 1)
+
+
+def _nonzero(scale: Floats) -> Floats:
+    return np.where(scale == 0, scale.dtype.type(1), scale)
+
+
+def _stored(scale: Floats, dtype: np.dtype[Any]) -> Floats:
+    """The scale as it will be read back; one that would underflow becomes the smallest normal number, not zero."""
+    smallest = scale.dtype.type(6.2e-5 if dtype == np.float16 else 1.2e-38)
+    safe = np.where(np.abs(scale) < smallest, np.copysign(smallest, scale), scale)
+    return safe.astype(dtype).astype(scale.dtype)
+
+
+def _round(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int) -> tuple[Floats, Floats]:
+    """Signed steps code - zero of each weight, and the squared error of each block."""
+    steps = _steps(w_GbN, scale_GN, zero_GN, bits, np.empty_like(w_GbN))
+    error = steps * scale_GN[:, None]
+    error -= w_GbN
+    return steps, np.einsum("gbn,gbn->gn", error, error)
+
+
+def _steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, out: Floats) -> Floats:
+    np.divide(w_GbN, scale_GN[:, None], out=out)
+    np.rint(out, out=out)
+    low = -zero_GN
+    return np.clip(out, low[:, None], (low + (2**bits - 1))[:, None], out=out)
+
+
+def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
+    """Scale and zero point of least squared error among the starts, each refitted to its own codes.
+
+    With steps q the best scale is q.w / q.q and leaves the error w.w - (q.w)^2 / q.q.
+    """
+    tight, flipped = _STARTS[bits]
+    best, best_zero = scale_GN.copy(), zero_GN.copy()
+    best_score = np.full_like(scale_GN, -1)
+    steps = np.empty_like(w_GbN)
+
+    def attempt(scale: Floats, zero: Floats) -> None:
+        _steps(w_GbN, scale, zero, bits, steps)
+        product = np.einsum("gbn,gbn->gn", steps, w_GbN)
+        square = np.maximum(np.einsum("gbn,gbn->gn", steps, steps), 1)
+        score = product * product / square
+        better = score > best_score
+        np.copyto(best_score, score, where=better)
+        np.copyto(best, _nonzero(product / square), where=better)
+        np.copyto(best_zero, zero, where=better)
+
+    if symmetric:
+        for factor in (*tight, *(-one for one in flipped)):
+            attempt(scale_GN * scale_GN.dtype.type(factor), zero_GN)
+    else:
+        low = np.minimum(w_GbN.min(axis=1), 0)
+        for factor in tight:
+            scale = scale_GN * scale_GN.dtype.type(factor)
+            # The cut range keeps its centre.
+            zero = -low / scale - (1 - factor) / factor * (2**bits - 1) / 2
+            attempt(scale, np.clip(np.rint(zero), 0, 2**bits - 1))
+            if bits < 8:
+                attempt(scale, np.clip(np.rint(zero - 0.5), 0, 2**bits - 1))
+                attempt(scale, np.clip(np.rint(zero + 0.5), 0, 2**bits - 1))
+    attempt(best.copy(), best_zero.copy())
+    return best, best_zero
+
+
+def round_matrix(
+    w_NK: Floats,
+    *,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    scales: Literal["max", "mse"],
+    scale_dtype: np.dtype[Any],
+) -> tuple[CodedMatrix, float, float]:
+    """`round_blocks` over a whole matrix, in pieces that fit the cache; the last block of a row is padded with zeros.
+
+    Returns:
+        The coded matrix, its squared error and the squared norm of `w_NK`.
+    """
+    rows, columns = w_NK.shape
+    num_blocks = -(-columns // block_size)
+    codes = np.empty((rows, num_blocks, block_size * bits // 8), np.uint8)
+    scale = np.empty((rows, num_blocks), scale_dtype)
+    zero = None if symmetric else np.empty((rows, num_blocks), np.uint8)
+    loss = norm = 0.0
+    step_rows = min(rows, 1024)
+    step_blocks = max(1, _CHUNK // (step_rows * block_size))
+    for row in range(0, rows, step_rows):
+        band = slice(row, row + step_rows)
+        for block in range(0, num_blocks, step_blocks):
+            part = slice(block, min(block + step_blocks, num_blocks))
+            # The codes run along the rows of memory: numpy then adds whole rows instead of 32 numbers at a time.
+            w_KN = w_NK[band, block * block_size : part.stop * block_size].T
+            missing = (part.stop - block) * block_size - w_KN.shape[0]
+            if missing:
+                w_KN = np.pad(w_KN, ((0, missing), (0, 0)))
+            w_GbN = np.ascontiguousarray(w_KN).reshape(part.stop - block, block_size, -1)
+            q_GbN, scale_GN, zero_GN, loss_GN = round_blocks(
+                w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype
+            )
+            codes[band, part] = _pack_columns(q_GbN, bits).transpose(2, 0, 1)
+            scale[band, part] = scale_GN.T
+            if zero is not None and zero_GN is not None:
+                zero[band, part] = zero_GN.T
+            loss += float(loss_GN.sum(dtype=np.float64))
+            flat = w_GbN.reshape(-1)
+            norm += float(flat @ flat)
+    packed = None if zero is None else packing.pack_zero_points(zero, bits)
+    return CodedMatrix(codes, scale, packed, columns, bits, block_size), loss, norm
+
+
+def _pack_columns(codes_GbN: Codes, bits: int) -> Codes:
+    """`packing.pack` along axis 1."""
+    per_byte = 8 // bits
+    packed = codes_GbN[:, 0::per_byte]
+    for slot in range(1, per_byte):
+        packed = packed | codes_GbN[:, slot::per_byte] << np.uint8(slot * bits)
+    return packed
+
+
+@dataclass
+class _Site:
+    """One matrix to quantize, with every node that reads it."""
+
+    name: str
+    bits: int
+    block_size: int
+    read: Callable[[], Floats]
+    dtype: ir.DataType
+    shape: tuple[int, int]
+    linears: list[Linear] = field(default_factory=list)
+    embeddings: list[Embedding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(Pass):
+    """Rounds weights to 2, 4 or 8 bits in blocks; embedding and head share one set of bytes.
+
+    Linears become MatMulNBits, embeddings GatherBlockQuantized. `accuracy_level=4` computes with int8 activations on
+    the CPU, which is what makes it fast, and adds an error of its own: the report keeps `weight_error` (relative, over
+    all matrices) and `activation_error` (relative, level 4 against exact products) apart. The level does not apply to
+    2 and 8 bits, for which the CPU has no other fast kernel.
+    """
+
+    promise: ClassVar[Promise] = Promise.LOSSY
+
+    bits: int = 4  # of linears: 2, 4 or 8
+    block_size: int = 32  # weights that share a scale: 16, 32, 64, 128 or 256
+    symmetric: bool = True  # False: zero points too; smaller error, slower on CUDA
+    scales: Literal["max", "mse"] = "mse"  # "max": twice as quick, larger error
+    head_bits: int | None = None  # of embedding and head; None: as the linears
+    head_block_size: int | None = None
+    accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
+    exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("bits", "head_bits"):
+            self.check(getattr(self, option) in (*BITS, None), option, "2, 4 or 8", "use 4 or 8")
+        for option in ("block_size", "head_block_size"):
+            expected = f"one of {', '.join(map(str, BLOCK_SIZES))}"
+            self.check(getattr(self, option) in (*BLOCK_SIZES, None), option, expected, "use 32 or 128")
+        self.check(self.accuracy_level in (0, 4), "accuracy_level", "0 or 4", "4 is fast, 0 keeps activations in float")
+        if self.accuracy_level != 4 and self.bits != 4:
+            raise OptionError(
+                f"rtn: accuracy_level={self.accuracy_level} has no fast kernel at {self.bits} bits on the CPU",
+                hint="leave it at 4, or use bits=4",
+            )
+        for bits, block_size in ((self.bits, self.block_size), self._head()):
+            reason = slow_kernel(bits, block_size, "cpu")
+            if reason is not None:
+                raise OptionError(f"rtn: {reason}", hint="use block_size=64")
+
+    def _head(self) -> tuple[int, int]:
+        return self.head_bits or self.bits, self.head_block_size or self.block_size
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        for bits, block_size in ((self.bits, self.block_size), self._head()):
+            reason = slow_kernel(bits, block_size, context.target.provider)
+            if reason is not None:
+                raise OptionError(f"rtn: {reason}", hint="use block_size=128 or 32")
+        report = Report()
+        linears = find_linears(model, expand_pairs=True)
+        embeddings = _token_tables(find_embeddings(model, linears))
+        self._check_effect(linears, embeddings)
+        sites = self._plan(linears, embeddings, context, report)
+        loss = norm = 0.0
+        weights = nbytes = 0
+        with _workers() as pool:
+            futures = {}
+            # Large matrices first: one that starts last would keep a single core busy at the end.
+            for site in sorted(sites, key=lambda one: one.shape[0] * one.shape[1] < 1 << 22):
+                futures[id(site)] = pool.submit(self._quantize, site)
+            for site in context.track(sites, "rtn"):
+                matrix, site_loss, site_norm = _take(futures, site)
+                if not math.isfinite(site_norm):
+                    report.skip(site.name, "weights are not finite")
+                    continue
+                self._apply(model.graph, site, matrix, context)
+                loss, norm = loss + site_loss, norm + site_norm
+                weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + matrix.nbytes
+                report.change(
+                    site.name,
+                    kind=site.linears[0].kind if site.linears else "embedding",
+                    shape=list(site.shape),
+                    bits=matrix.bits,
+                    block_size=matrix.block_size,
+                    bytes=matrix.nbytes,
+                    weight_error=math.sqrt(site_loss / site_norm) if site_norm else 0.0,
+                    snr_db=10 * math.log10(site_norm / site_loss) if site_loss and site_norm else math.inf,
+                )
+        if weights:
+            report.metrics["weight_error"] = math.sqrt(loss / norm) if norm else 0.0
+            report.metrics["bits_per_weight"] = 8 * nbytes / weights
+            self._measure_activations(sites, context, report)
+        return report
+
+    def _check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
+        names = [one.name for one in linears] + ["embedding"] * bool(embeddings)
+        for pattern in self.exclude:
+            if not fnmatch.filter(names, pattern):
+                raise OptionError(f"rtn: exclude={pattern!r} matches no linear", hint=f"names are like {names[:3]}")
+        has_head = bool(embeddings) or any(one.kind == "head" for one in linears)
+        for option in ("head_bits", "head_block_size"):
+            if getattr(self, option) is not None and not has_head:
+                raise OptionError(
+                    f"rtn: {option} has no effect, the model has no head and no embedding", hint="leave it out"
+                )
+
+    def _plan(
+        self, linears: list[Linear], embeddings: list[Embedding], context: Context, report: Report
+    ) -> list[_Site]:
+        """One site per matrix; nodes that share a matrix share the site. Reasons against go to the report."""
+        tied = {id(one.head): one for one in embeddings if _is_tied(one)}
+        sites: dict[tuple[int, bool], _Site] = {}
+        for linear in linears:
+            embedding = tied.get(id(linear))
+            is_head = linear.kind == "head" or embedding is not None
+            bits, block_size = self._head() if is_head else (self.bits, self.block_size)
+            names = [linear.name] + ["embedding"] * (embedding is not None)
+            reason = self._refuse(names, linear.is_quantized, linear.weight, context)
+            block = _fitting_block(linear.num_in, block_size, bits, exact=embedding is not None)
+            if block is None:
+                reason = reason or f"embedding width {linear.num_in} is not a multiple of any block size"
+            if reason is None and block is not None:
+                key = id(linear.weight), linear.holder == "MatMul"
+                new = _Site(linear.name, bits, block, linear.w_NK, _dtype(linear.weight), linear.shape)
+                if new.shape[0] * -(-new.shape[1] // block) * (block * bits // 8 + 4) >= linear.nbytes:
+                    report.skip(linear.name, "codes and scales would take no less than the weights do")
+                    continue
+                site = sites.setdefault(key, new)
+                site.linears.append(linear)
+                if embedding is not None:
+                    site.embeddings.append(embedding)
+            elif reason is not None:
+                report.skip(linear.name, reason)
+        for number, embedding in enumerate(one for one in embeddings if not _is_tied(one)):
+            name = "embedding" if number == 0 else f"embedding.{number + 1}"
+            bits, block_size = self._head()
+            is_quantized = embedding.node.op_type != "Gather"
+            reason = self._refuse([name], is_quantized, embedding.table, context)
+            block = _fitting_block(embedding.width, block_size, bits, exact=True)
+            if reason is not None or block is None:
+                report.skip(name, reason or f"width {embedding.width} is not a multiple of any block size")
+                continue
+            key = id(embedding.table), False
+            shape = embedding.num_rows, embedding.width
+            site = sites.setdefault(key, _Site(name, bits, block, embedding.table_VH, _dtype(embedding.table), shape))
+            site.embeddings.append(embedding)
+        return list(sites.values())
+
+    def _refuse(self, names: list[str], is_quantized: bool, weight: ir.Value, context: Context) -> str | None:
+        if is_quantized:
+            return "already quantized"
+        if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude):
+            return "excluded"
+        dtype = _dtype(weight)
+        if dtype == ir.DataType.DOUBLE or (dtype == ir.DataType.BFLOAT16 and context.target.provider == "cpu"):
+            return f"there is no kernel for {dtype.name.lower()} activations"
+        return None
+
+    def _quantize(self, site: _Site) -> tuple[CodedMatrix, float, float]:
+        return round_matrix(
+            site.read(),
+            bits=site.bits,
+            block_size=site.block_size,
+            symmetric=self.symmetric,
+            scales=self.scales,
+            scale_dtype=site.dtype.numpy(),
+        )
+
+    def _apply(self, graph: ir.Graph, site: _Site, matrix: CodedMatrix, context: Context) -> None:
+        stored = store(graph, site.name, matrix)
+        level = self.accuracy_level if matrix.bits == 4 else 4
+        for linear in site.linears:
+            replace_linear(linear, stored, level)
+        for embedding in site.embeddings:
+            is_cuda = context.target.provider == "cuda"
+            replace_embedding(embedding, stored, shared=bool(site.linears), explicit_zero=is_cuda)
+
+    def _measure_activations(self, sites: list[_Site], context: Context, report: Report) -> None:
+        linears = [linear for site in sites for linear in site.linears]
+        if context.target.provider == "cpu" and linears:
+            errors = activation_error(linears, seed=context.seed)
+            squares = [error * error for error in errors.values()]
+            report.metrics["activation_error"] = math.sqrt(sum(squares) / len(linears))
+            for row in report.ledger:
+                row["activation_error"] = errors.get(row["site"], 0.0)
+
+
+def _take(futures: dict[int, Future[Any]], site: _Site) -> Any:
+    """The result of a site, once: a finished future would keep its arrays alive."""
+    return futures.pop(id(site)).result()
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """A thread per core (numpy lets go of the interpreter lock); what has not begun is dropped on an error."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(count, thread_name_prefix="rtn")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _token_tables(embeddings: list[Embedding]) -> list[Embedding]:
+    """The tables that are as wide as the largest: narrower ones are rotary caches, which must stay exact."""
+    if not embeddings:
+        return []
+    width = max(embeddings, key=lambda one: one.num_rows * one.width).width
+    return [one for one in embeddings if one.width == width]
+
+
+def _is_tied(embedding: Embedding) -> bool:
+    """Whether the head multiplies with the very rows that are gathered."""
+    head = embedding.head
+    return head is not None and head.shape == (embedding.num_rows, embedding.width) and head.holder != "MatMul"
+
+
+def _fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> int | None:
+    """The block size to use for rows of `width`: no wider than the row, and a divisor of it where that is a must."""
+    smallest = 32 if bits == 2 else 16
+    block = block_size
+    while block > smallest and (block // 2 >= width or (exact and width % block)):
+        block //= 2
+    return None if exact and width % block else block
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    return ir.DataType.FLOAT if value.const_value is None else value.const_value.dtype

@@ -1,0 +1,32 @@
+"""Shared fixtures: small random decoders, exported once a session."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`tiny_export(architecture, exporter)`: directory with the exported graph of a small random model."""
+    from onnxpress import models
+    from onnxpress.models.tiny import save_tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+
+    @functools.cache
+    def export(architecture: str, exporter: str = "optimum") -> Path:
+        checkpoint = root / architecture
+        if not checkpoint.exists():
+            save_tiny(architecture, checkpoint)
+        work = root / f"{architecture}-{exporter}"
+        work.mkdir()
+        return models.load(checkpoint, work_dir=work, exporter=exporter).directory
+
+    return export

@@ -1,0 +1,74 @@
+"""Simplify: transposes, tied weights, dead inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import graphs
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.compiler.linears import find_embeddings, find_linears
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.canonicalize.simplify import IR_VERSION, Simplify
+
+
+def network(builder: graphs.Builder, copy_head: bool) -> ir.Model:
+    table = builder.weight(128, 64, name="table")
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    x = builder.step("transposed", x, x)
+    assert table.const_value is not None
+    turned = np.ascontiguousarray(table.const_value.numpy().T)
+    head = builder.const(turned, "head") if copy_head else builder.weight(64, 128)
+    logits = builder.op("MatMul", x, head, width=128)
+    logits.name = "logits"
+    graph = ir.Graph([builder.ids], [logits], nodes=builder.nodes, initializers=builder.weights, opset_imports={"": 18})
+    return ir.Model(graph, ir_version=8)
+
+
+def test_a_transposed_weight_is_stored_transposed() -> None:
+    model = network(graphs.Builder(64, 128, 0), copy_head=False)
+    before = graphs.run(model)
+    Simplify().run(model, Context())
+    assert Counter(node.op_type for node in model.graph) == {"Gather": 1, "MatMul": 2}
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+
+
+def test_a_transposed_copy_of_the_table_is_tied_again() -> None:
+    model = network(graphs.Builder(64, 128, 0), copy_head=True)
+    before = graphs.run(model)
+    report = Simplify().run(model, Context())
+    assert report.bytes_after == report.bytes_before - 128 * 64 * 4
+    (embedding,) = find_embeddings(model)
+    assert embedding.head is not None
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+
+
+def test_overridable_initializers_become_constants() -> None:
+    model = network(graphs.Builder(64, 128, 0), copy_head=False)
+    weight = next(iter(model.graph.initializers.values()))
+    model.graph.inputs.append(weight)
+    Simplify().run(model, Context())
+    assert [value.name for value in model.graph.inputs] == ["input_ids"]
+
+
+def test_sets_a_version_that_the_runtime_loads() -> None:
+    model = network(graphs.Builder(64, 128, 0), copy_head=False)
+    Simplify().run(model, Context())
+    assert model.ir_version == IR_VERSION
+
+
+def test_two_weights_that_only_begin_alike_stay_two() -> None:
+    builder = graphs.Builder(64, 128, 0)
+    table = builder.weight(128, 64)
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    one = builder.rng.standard_normal((64, 64)).astype(np.float32)
+    two = one.copy()
+    two[40:] += 1
+    for array in (one, two):
+        x = builder.op("MatMul", x, builder.const(array, f"w{len(builder.weights)}"), width=64)
+    model = builder.finish(x, False, table)
+    before = graphs.run(model)
+    Simplify().run(model, Context())
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+    assert len(find_linears(model)) == 3

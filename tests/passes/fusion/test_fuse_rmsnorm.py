@@ -1,0 +1,93 @@
+"""FuseRmsnorm: every spelling fires, every guard holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import check
+import graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
+
+HEAD = '<ir_version: 9, opset_import: ["" : 18]> g (float[batch, seq, 32] x) => (float[batch, seq, 32] y)'
+TAIL = """
+  two = Constant <value = float {2.0}> ()
+  one = Constant <value = float {1.0}> ()
+  eps = Constant <value = float {0.3}> ()
+  axis = Constant <value_ints = [-1]> ()
+"""
+SPELLINGS = {
+    "reciprocal": "r = Sqrt(e) i = Reciprocal(r) n = Mul(x, i) y = Mul(w, n)",
+    "one over root": "r = Sqrt(e) i = Div(one, r) n = Mul(i, x) y = Mul(n, w)",
+    "division": "r = Sqrt(e) n = Div(x, r) y = Mul(n, w)",
+}
+
+
+def case(body: str, square: str = "Pow(x, two)", mean: str = "m = ReduceMean(s, axis)") -> ir.Model:
+    source = f"{HEAD} <float[32] w = {{{', '.join(str(0.5 + 0.1 * i) for i in range(32))}}}> {{ {TAIL} s = {square} {mean} e = Add(m, eps) {body} }}"
+    model = ir.from_onnx_text(source)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return model
+
+
+def fuse(model: ir.Model) -> tuple[Report, Counter[str]]:
+    report = FuseRmsnorm().run(model, Context())
+    return report, Counter(node.op_type for node in model.graph)
+
+
+X = {"x": np.random.default_rng(3).standard_normal((2, 3, 32)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("body", SPELLINGS.values(), ids=SPELLINGS.keys())
+@pytest.mark.parametrize("square", ["Pow(x, two)", "Mul(x, x)"])
+def test_every_spelling_becomes_one_operator(body: str, square: str) -> None:
+    model = case(body, square)
+    before = graphs.run(model, X)
+    report, ops = fuse(model)
+    assert ops == {"SimplifiedLayerNormalization": 1}
+    assert report.changed == ["y"]
+    check.close(before["y"], graphs.run(model, X)["y"])
+    assert model.graph[0].attributes["epsilon"].as_float() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"square": "Mul(x, w)"},
+        {"square": "Pow(x, one)"},
+        {"mean": "m = ReduceSum(s, axis)"},
+    ],
+    ids=["not a square", "first power", "sum, not mean"],
+)
+def test_must_not_fire(arguments: dict[str, str]) -> None:
+    model = case(SPELLINGS["reciprocal"], **arguments)
+    report, ops = fuse(model)
+    assert not report.changed
+    assert "SimplifiedLayerNormalization" not in ops
+
+
+def test_other_axis_must_not_fire() -> None:
+    model = case(SPELLINGS["reciprocal"], mean="ax = Constant <value_ints = [1]> () m = ReduceMean(s, ax)")
+    assert not fuse(model)[0].changed
+
+
+def test_a_chain_that_is_not_rmsnorm_is_refused_by_execution() -> None:
+    # Walks like a norm, but takes the root twice: only running both forms shows it.
+    model = case("r0 = Sqrt(e) r = Sqrt(r0) i = Reciprocal(r) n = Mul(x, i) y = Mul(w, n)")
+    before = graphs.run(model, X)
+    report, _ = fuse(model)
+    assert not report.changed
+    assert "differs" in report.skipped[0].reason
+    check.close(before["y"], graphs.run(model, X)["y"])
+
+
+def test_without_weight_the_weight_is_one() -> None:
+    model = case("r = Sqrt(e) i = Reciprocal(r) y = Mul(x, i)")
+    before = graphs.run(model, X)
+    report, ops = fuse(model)
+    assert ops == {"SimplifiedLayerNormalization": 1}
+    check.close(before["y"], graphs.run(model, X)["y"])

@@ -1,0 +1,56 @@
+"""FuseSkipRmsnorm: sum and norm in one operator, the sum still readable."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import check
+import graphs
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
+from onnxpress.passes.fusion.fuse_skip_rmsnorm import FuseSkipRmsnorm
+
+
+def residual(reads_sum: bool, constant: bool = False) -> ir.Model:
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    branch = builder.step("linear", x, x)
+    total = builder.op("Add", x, builder.weight(32) if constant else branch, width=32)
+    last = builder.norm(total, 1e-3)
+    if reads_sum:
+        last = builder.op("Add", builder.step("linear", last, last), total, width=32)
+    return builder.finish(last, False, table)
+
+
+def fuse(model: ir.Model) -> Counter[str]:
+    FuseRmsnorm().run(model, Context())
+    FuseSkipRmsnorm().run(model, Context())
+    return Counter(node.op_type for node in model.graph)
+
+
+def test_sum_that_is_read_again_is_an_output() -> None:
+    model = residual(True)
+    before = graphs.run(model)
+    assert fuse(model)["SkipSimplifiedLayerNormalization"] == 1
+    check.close(before["logits"], graphs.run(model)["logits"])
+
+
+def test_sum_that_nobody_reads_is_no_output() -> None:
+    model = residual(False)
+    before = graphs.run(model)
+    fuse(model)
+    node = next(node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization")
+    assert len(node.outputs) == 1
+    assert node.attributes["epsilon"].as_float() == np.float32(1e-3)
+    check.close(before["logits"], graphs.run(model)["logits"])
+
+
+def test_an_added_constant_is_no_residual() -> None:
+    model = residual(False, constant=True)
+    FuseRmsnorm().run(model, Context())
+    report = FuseSkipRmsnorm().run(model, Context())
+    assert report.reasons() == {"a constant is added, not a residual": 1}

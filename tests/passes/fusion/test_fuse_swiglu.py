@@ -1,0 +1,35 @@
+"""FuseSwiglu: x sigmoid(x) fires, its neighbours do not."""
+
+from __future__ import annotations
+
+import check
+import graphs
+import pytest
+
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
+
+
+def network(kind: str) -> object:
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    y = builder.step("linear", x, x)
+    if kind == "silu":
+        last = builder.step("silu", x, x)
+    elif kind == "other operand":
+        last = builder.op("Mul", y, builder.op("Sigmoid", x, width=32), width=32)
+    else:  # the sigmoid is read twice
+        sigmoid = builder.op("Sigmoid", x, width=32)
+        last = builder.op("Add", builder.op("Mul", x, sigmoid, width=32), sigmoid, width=32)
+    return builder.finish(last, False, table)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("silu", 1), ("other operand", 0), ("read twice", 0)])
+def test_fires_only_on_silu(kind: str, count: int) -> None:
+    model = network(kind)
+    before = graphs.run(model)
+    report = FuseSwiglu().run(model, Context())
+    assert len(report.changed) == count
+    assert sum(node.op_type == "QuickGelu" for node in model.graph) == count
+    check.close(before["logits"], graphs.run(model)["logits"])
