@@ -1,38 +1,36 @@
-import sys, time, numpy as np, onnxruntime as ort
+"""Runs a model directory in onnxpress: `worker_onnxpress.py MODEL_DIR THREADS`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
 from worker import serve, timed_generation
 
+from onnxpress.runtime.generate import Generator
+from onnxpress.runtime.sampling import GenerationOptions
+from onnxpress.runtime.session import DecoderSession
 
-def main(d, threads):
-    t = time.perf_counter()
-    so = ort.SessionOptions()
-    so.intra_op_num_threads = threads
-    s = ort.InferenceSession(d + "/model.onnx", so, providers=["CPUExecutionProvider"])
-    load = time.perf_counter() - t
-    names = [i.name for i in s.get_inputs()]
 
-    def describe():
-        return {"engine": "ort", "load_s": load}
+def main(directory: str, threads: int) -> None:
+    started = time.perf_counter()
+    session = DecoderSession(directory, provider="cpu", threads=threads)
+    load_s = time.perf_counter() - started
 
-    def generate(prompt, new_tokens):
-        kv = {n: np.zeros((1, 3, 0, 64), np.float32) for n in names if "past" in n}
+    def describe() -> dict[str, Any]:
+        return {"engine": f"onnxpress {version('onnxpress')}", "load_s": load_s}
 
-        def toks(kv):
-            ids = np.array([prompt])
-            total = 0
-            while True:
-                total += ids.shape[1]
-                f = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), **kv}
-                o = s.run(None, f)
-                outn = [x.name for x in s.get_outputs()]
-                r = dict(zip(outn, o))
-                kv = {n: r[n.replace("past_key_values", "present")] for n in kv}
-                tok = int(r["logits"][0, -1].argmax())
-                yield tok
-                ids = np.array([[tok]])
-
-        return {**timed_generation(toks(kv), time.perf_counter(), new_tokens), "setup_s": 0.0}
+    def generate(prompt: list[int], new_tokens: int) -> dict[str, Any]:
+        options = GenerationOptions(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        begun = time.perf_counter()
+        # A new generator for each request: a used one remembers its last text, and would skip a prompt it has seen.
+        tokens = Generator(session).tokens(prompt, options)
+        return {**timed_generation(tokens, begun, new_tokens), "setup_s": 0.0}
 
     serve({"describe": describe, "generate": generate})
 
 
-main(sys.argv[1], int(sys.argv[2]))
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

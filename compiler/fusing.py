@@ -96,7 +96,7 @@ class Fuser:
             name = old.name
             old.name = f"{name}/unfused"
             new.name = name
-            new.shape, new.dtype = old.shape, old.dtype
+            new.shape, new.type = old.shape, old.type
         self.insert(new_nodes)
         for old, new in zip(outputs, new_outputs, strict=True):
             old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -156,7 +156,7 @@ def constant(graph: ir.Graph, array: npt.NDArray[Any], name: str) -> ir.Value:
     """The initializer `name` holding `array`; made on first use, so the name must tell the content."""
     if name in graph.initializers:
         return graph.initializers[name]
-    tensor = ir.tensor(array, name=name)
+    tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -155,10 +155,12 @@ def build_model(
         copy = ir.Value(name=f"c{index}", shape=inline.shape, type=ir.TensorType(inline.dtype), const_value=inline)
         copies[id(value)] = copy
         initializers.append(copy)
-    new_nodes = []
+    new_nodes: list[ir.Node] = []
     for node in nodes:
         operands = [None if value is None else copies[id(value)] for value in node.inputs]
-        new = ir.Node(node.domain, node.op_type, operands, list(node.attributes.values()), num_outputs=len(node.outputs))
+        new = ir.Node(
+            node.domain, node.op_type, operands, list(node.attributes.values()), num_outputs=len(node.outputs)
+        )
         for index, (old, fresh) in enumerate(zip(node.outputs, new.outputs, strict=True)):
             fresh.name = "" if old.name == "" else f"v{len(new_nodes)}_{index}"
             copies[id(old)] = fresh

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
@@ -74,20 +77,15 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of `text`; with `add_special_tokens`, begun and ended as the checkpoint asks."""
-        ids = list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Newer files say this in the post-processor, older ones in the configuration alone; the configuration wins.
+        template = add_special_tokens and self._adds_bos is not False
+        ids = list(self.backend.encode(text, add_special_tokens=template).ids)
         if add_special_tokens:
-            # Newer files say this in the post-processor, older ones in the configuration alone.
             if self._adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
                 ids.insert(0, self.bos_token_id)
-            if self._adds_bos is False and ids[:1] == [self.bos_token_id] and not self._has_post_processor:
-                del ids[0]
             if self._adds_eos and self.eos_token_id is not None and ids[-1:] != [self.eos_token_id]:
                 ids.append(self.eos_token_id)
         return ids
-
-    @functools.cached_property
-    def _has_post_processor(self) -> bool:
-        return json.loads(self.backend.to_str()).get("post_processor") is not None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, spaces as they stand (no clean-up before punctuation)."""
@@ -199,11 +197,21 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return templates
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words for training; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
     # A template is code from a checkpoint: it runs in the sandbox and cannot change what it is given.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
 
     def raise_exception(message: str) -> None:

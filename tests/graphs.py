@@ -11,7 +11,18 @@ import onnxruntime as ort
 from hypothesis import strategies as st
 
 Array = npt.NDArray[Any]
-STEPS = ("linear", "transposed", "biased", "norm", "silu", "gated", "residual", "double_transpose", "identity", "constant")
+STEPS = (
+    "linear",
+    "transposed",
+    "biased",
+    "norm",
+    "silu",
+    "gated",
+    "residual",
+    "double_transpose",
+    "identity",
+    "constant",
+)
 
 
 class Builder:

@@ -60,7 +60,9 @@ class Simplify(Pass):
             report.change("ir version", before=model.ir_version, after=IR_VERSION)
             model.ir_version = IR_VERSION
         if model.opset_imports.get("", 0) > NEWEST_OPSET:
-            report.skip(f"opset {model.opset_imports['']}", "newer than what ONNX Runtime is known to run; left as it is")
+            report.skip(
+                f"opset {model.opset_imports['']}", "newer than what ONNX Runtime is known to run; left as it is"
+            )
         _infer_shapes(model)
         if lifted and not report.changed:
             report.change("constants")
@@ -118,7 +120,7 @@ def _read_transposed(graph: ir.Graph, base: ir.Value, copy: ir.Value) -> None:
     """Replaces `copy`, which holds the transposed bytes of `base`, by a Transpose of `base`."""
     node = ir.Node("", "Transpose", [base], [ir.AttrInt64s("perm", [1, 0])], name=f"transpose/{copy.name}")
     node.outputs[0].name = f"{copy.name}/transposed"
-    node.outputs[0].shape, node.outputs[0].dtype = copy.shape, copy.dtype
+    node.outputs[0].shape, node.outputs[0].type = copy.shape, copy.type
     graph.insert_before(graph[0], node)
     copy.replace_all_uses_with(node.outputs[0])
     drop_unused(graph, copy)

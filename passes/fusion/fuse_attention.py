@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.fusing import Fuser, constant, other, producer, split_scalar
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, random_feed, run
+from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, first_line, random_feed, run
 
 # Operators that move or repeat data without changing a number.
 _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
@@ -73,6 +73,18 @@ class _Attention:
     sin: ir.Value | None = None
     positions: ir.Value | None = None
     interleaved: int = 0
+    unturned: list[ir.Value] = field(default_factory=list)  # operands [B, S, heads, D], not yet turned
+
+    @property
+    def num_heads(self) -> int:
+        """H, from the width of the queries or of what reads the output."""
+        if _rank(self.q) == 3:
+            return _static(self.q, 2) // self.head_size
+        for node, index in self.output.uses():
+            weight = node.inputs[1] if node.op_type == "MatMul" and index == 0 else None
+            if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
+                return weight.shape[0] // self.head_size
+        return _static(self.q, 1)
 
     @property
     def num_kv_heads(self) -> int:
@@ -112,7 +124,7 @@ def _match(softmax: ir.Node) -> _Attention:
         mask=mask,
     )
     _absorb_rotary(found)
-    found.q, found.k, found.v = (_flat(value) for value in (found.q, found.k, found.v))
+    found.q, found.k, found.v = (_flat(value, found.unturned) for value in (found.q, found.k, found.v))
     return found
 
 
@@ -250,14 +262,17 @@ def _absorb_rotary(found: _Attention) -> None:
     found.interleaved = 0 if attribute is None else attribute.as_int()
 
 
-def _flat(value: ir.Value) -> ir.Value:
-    """The [B, S, heads D] value whose heads were split into `value`; `value` itself when it was not split so."""
+def _flat(value: ir.Value, unturned: list[ir.Value]) -> ir.Value:
+    """The [B, S, heads D] value whose heads were split into `value`; else [B, S, heads, D], noted in `unturned`, where
+    something was done per head before the heads were turned forward; else `value` itself."""
     transpose = producer(value, "Transpose")
-    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose.inputs[0]:
         return value
-    reshape = producer(transpose.inputs[0], "Reshape")
+    apart = transpose.inputs[0]
+    reshape = producer(apart, "Reshape")
     if reshape is None or reshape.inputs[0] is None or _rank(reshape.inputs[0]) != 3:
-        return value
+        unturned.append(apart)
+        return apart
     return reshape.inputs[0]
 
 
@@ -337,8 +352,13 @@ class _Builder:
         mask_input = self._mask_input(found)
         opset = self.fuser.model.opset_imports.get("", 18)
         model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
-        feed = next(iter(_Samples(found, mask_input, -1, 0, window_known=False).steps(region.leaves, [(1, 1, total - 1, 0)])))
-        row = run(model, feed)[0].reshape(-1)
+        feed = next(
+            iter(_Samples(found, mask_input, -1, 0, window_known=False).steps(region.leaves, [(1, 1, total - 1, 0)]))
+        )
+        try:
+            row = run(model, feed)[0].reshape(-1)
+        except Exception as error:  # ONNX Runtime's exceptions have no common type
+            raise NotCuttable(f"the mask does not run by itself: {first_line(error)}") from None
         seen = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
         count = int(seen.sum())
         if seen.size != total or count == 0 or not seen[-count:].all():
@@ -348,11 +368,12 @@ class _Builder:
     def _nodes(self, found: _Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
         """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
         before: list[ir.Node] = []
-        q, k, v = (self._joined(value, before) for value in (found.q, found.k, found.v))
+        heads = (found.num_heads, found.num_kv_heads, found.num_kv_heads)
+        operands_in = zip((found.q, found.k, found.v), heads, strict=True)
+        q, k, v = (self._joined(found, value, count * found.head_size, before) for value, count in operands_in)
         seqlens, total, bias = self._lengths(mask_input)
-        width = _static(q, 2) if _rank(found.q) == 3 else _static(found.q, 1) * found.head_size
         attributes: list[Any] = [
-            ir.AttrInt64("num_heads", width // found.head_size),
+            ir.AttrInt64("num_heads", found.num_heads),
             ir.AttrInt64("kv_num_heads", found.num_kv_heads),
             ir.AttrFloat32("scale", found.scale),
             ir.AttrInt64("local_window_size", window),
@@ -369,19 +390,22 @@ class _Builder:
         fused = ir.Node("com.microsoft", "GroupQueryAttention", operands, attributes, num_outputs=3, name=name)
         return [*before, fused]
 
-    def _joined(self, value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
-        """`value` as [B, S, heads D]; a [B, heads, S, D] value gets a Transpose and a Reshape."""
+    def _joined(self, found: _Attention, value: ir.Value, width: int, nodes: list[ir.Node]) -> ir.Value:
+        """`value` as [B, S, heads D]; a [B, heads, S, D] value is turned first."""
         if _rank(value) == 3:
             return value
         if _rank(value) != 4:
             raise NotCuttable(f"{value.name} is of unknown rank")
-        swap = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])], name=f"{value.name}/swap")
-        shape = constant(self.graph, np.array([0, 0, -1], np.int64), "join_heads")
-        join = ir.Node("", "Reshape", [swap.outputs[0], shape], name=f"{value.name}/join")
-        width = _static(value, 1) * _static(value, 3)
-        join.outputs[0].shape, join.outputs[0].dtype = ir.Shape([None, None, width]), value.dtype
-        swap.outputs[0].dtype = value.dtype
-        nodes += [swap, join]
+        apart = value
+        if value not in found.unturned:
+            swap = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])], name=f"{value.name}/swap")
+            swap.outputs[0].type = value.type
+            nodes.append(swap)
+            apart = swap.outputs[0]
+        shape = constant(self.graph, np.array([0, 0, width], np.int64), f"join_heads_{width}")
+        join = ir.Node("", "Reshape", [apart, shape], name=f"{value.name}/join")
+        join.outputs[0].shape, join.outputs[0].type = ir.Shape([None, None, width]), value.type
+        nodes.append(join)
         return join.outputs[0]
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
@@ -427,7 +451,8 @@ class _Builder:
         ones = made.const(np.array([1, 1], np.int64), "ones")
         shape = made.node("Concat", [ones, sequence, made.const(np.array([1], np.int64), "one_list")], axis=0)
         bias = made.node("Expand", [rows, shape])
-        bias.shape, bias.dtype = ir.Shape([None, 1, None, None]), dtype
+        bias.shape = ir.Shape([None, 1, None, None])
+        bias.type = ir.TensorType(dtype or ir.DataType.FLOAT)
         return bias
 
 
@@ -492,6 +517,12 @@ class _Samples:
                 elif leaf.is_graph_input() and _rank(leaf) == 4:
                     size = (batch, _static(leaf, 1), past, _static(leaf, 3))
                     given[id(leaf)] = rng.standard_normal(size).astype((leaf.dtype or ir.DataType.FLOAT).numpy())
+                elif _rank(leaf) == 4 and leaf in (self.found.q, self.found.k, self.found.v):
+                    heads = self.found.num_heads if leaf is self.found.q else self.found.num_kv_heads
+                    size = (batch, heads, sequence, self.found.head_size)
+                    if leaf in self.found.unturned:
+                        size = (batch, sequence, heads, self.found.head_size)
+                    given[id(leaf)] = rng.standard_normal(size).astype((leaf.dtype or ir.DataType.FLOAT).numpy())
             yield random_feed(leaves, {"batch": batch, "sequence": sequence}, rng, given)
 
 
@@ -499,11 +530,12 @@ def _blank_padding(mask: ir.Value) -> Any:
     """Rows of padding tokens may differ: what a hidden token attends to has no meaning."""
 
     def valid(leaves: Sequence[ir.Value], feed: Sequence[Array], index: int, array: Array) -> Array:
-        seen = next(one for leaf, one in zip(leaves, feed, strict=True) if leaf is mask)
+        seen = next(one for leaf, one in zip(leaves, feed, strict=True) if leaf is mask) != 0
         if index == 0:
-            return array * (seen[:, -array.shape[1] :, None] != 0)
-        if index == 1:  # keys of padded rows are turned by another angle
-            return array * seen.all(axis=1)[:, None, None, None]
+            array = array * seen[:, -array.shape[1] :, None]
+        elif index == 1:  # keys of padded rows are turned by another angle
+            whole = np.asarray(seen.all(axis=1))
+            array = array * whole[:, None, None, None]
         return array
 
     return valid
@@ -519,5 +551,3 @@ def _static(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise NotCuttable(f"axis {axis} of {value.name} has no fixed size")
     return size
-
-

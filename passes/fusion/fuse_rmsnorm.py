@@ -103,4 +103,6 @@ def _build(graph: ir.Graph, found: _Norm) -> ir.Node:
         ir.AttrFloat32("epsilon", found.epsilon),
         ir.AttrInt64("stash_type", 1),
     ]
-    return ir.Node("", "SimplifiedLayerNormalization", [found.x, gamma], attributes, name=f"{found.output.name}/rmsnorm")
+    return ir.Node(
+        "", "SimplifiedLayerNormalization", [found.x, gamma], attributes, name=f"{found.output.name}/rmsnorm"
+    )

@@ -44,11 +44,14 @@ class FuseRotary(Pass):
             try:
                 positions = _positions(found.cos)
                 cos, sin = caches.get(found.cos, positions), caches.get(found.sin, positions)
-            except NotCuttable as reason:
-                report.skip(site, str(reason))
+            except NotCuttable as finding:
+                report.skip(site, str(finding))
                 continue
             new = ir.Node(
-                "com.microsoft", "RotaryEmbedding", [found.x, positions, cos, sin], name=f"{node.outputs[0].name}/rotary"
+                "com.microsoft",
+                "RotaryEmbedding",
+                [found.x, positions, cos, sin],
+                name=f"{node.outputs[0].name}/rotary",
             )
 
             def feeds(leaves: Sequence[ir.Value], positions: ir.Value = positions) -> Iterable[list[Array]]:
@@ -182,14 +185,14 @@ class _Caches:
             tensor = value.const_value
             assert tensor is not None
             copies[id(value)] = constant(graph, tensor.numpy(), f"{name}/{key}")
-        nodes = []
+        nodes: list[ir.Node] = []
         for node in own:
             operands = [None if value is None else copies[id(value)] for value in node.inputs]
             attributes: list[Any] = list(node.attributes.values())
             new = ir.Node(node.domain, node.op_type, operands, attributes, num_outputs=len(node.outputs))
             new.name = f"{name}/{len(nodes)}"
             for index, (old, fresh) in enumerate(zip(node.outputs, new.outputs, strict=True)):
-                fresh.name, fresh.dtype, fresh.shape = f"{name}/{len(nodes)}.{index}", old.dtype, old.shape
+                fresh.name, fresh.type, fresh.shape = f"{name}/{len(nodes)}.{index}", old.type, old.shape
                 copies[id(old)] = fresh
             nodes.append(new)
         self.fuser.insert(nodes)

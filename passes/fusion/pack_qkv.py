@@ -91,7 +91,7 @@ def _pack(fuser: Fuser, attention: ir.Node, found: list[_Projection]) -> None:
     for node in nodes:
         node.outputs[0].name = f"{node.name}.out"
         node.outputs[0].shape = ir.Shape([None, None, width])
-        node.outputs[0].dtype = weight.dtype
+        node.outputs[0].type = weight.type
     fuser.insert(nodes)
     attention.replace_input_with(0, nodes[-1].outputs[0])
     attention.replace_input_with(1, None)

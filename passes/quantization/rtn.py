@@ -48,7 +48,8 @@ _STARTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     4: ((0.75, 0.82, 0.88, 0.94, 1.0, 1.06), (0.82, 0.88, 0.94, 1.0, 1.07, 1.14)),
     8: ((0.97, 0.985, 1.0), (1.0,)),
 }
-_CHUNK = 1 << 16  # weights worked on at a time: the four buffers of a chunk stay in the cache of a core
+# Weights worked on at a time: near a core's cache, and long enough that threads seldom wait for the interpreter.
+_CHUNK = 1 << 18
 
 
 def round_blocks(
@@ -126,8 +127,10 @@ def _round(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int) -> tuple
 def _steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, out: Floats) -> Floats:
     np.divide(w_GbN, scale_GN[:, None], out=out)
     np.rint(out, out=out)
+    # Two steps: numpy's clip is seven times slower when its bounds are arrays.
     low = -zero_GN
-    return np.clip(out, low[:, None], (low + (2**bits - 1))[:, None], out=out)
+    np.maximum(out, low[:, None], out=out)
+    return np.minimum(out, (low + (2**bits - 1))[:, None], out=out)
 
 
 def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:

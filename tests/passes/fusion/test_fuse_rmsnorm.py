@@ -28,7 +28,8 @@ SPELLINGS = {
 
 
 def case(body: str, square: str = "Pow(x, two)", mean: str = "m = ReduceMean(s, axis)") -> ir.Model:
-    source = f"{HEAD} <float[32] w = {{{', '.join(str(0.5 + 0.1 * i) for i in range(32))}}}> {{ {TAIL} s = {square} {mean} e = Add(m, eps) {body} }}"
+    weights = ", ".join(str(0.5 + 0.1 * i) for i in range(32))
+    source = f"{HEAD} <float[32] w = {{{weights}}}> {{ {TAIL} s = {square} {mean} e = Add(m, eps) {body} }}"
     model = ir.from_onnx_text(source)
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return model
@@ -88,6 +89,6 @@ def test_a_chain_that_is_not_rmsnorm_is_refused_by_execution() -> None:
 def test_without_weight_the_weight_is_one() -> None:
     model = case("r = Sqrt(e) i = Reciprocal(r) y = Mul(x, i)")
     before = graphs.run(model, X)
-    report, ops = fuse(model)
+    _, ops = fuse(model)
     assert ops == {"SimplifiedLayerNormalization": 1}
     check.close(before["y"], graphs.run(model, X)["y"])

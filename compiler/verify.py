@@ -1,0 +1,325 @@
+"""Watches a pipeline: what each LOSSY pass costs, and whether the others keep their promise.
+
+`LossMeter` runs always (it costs about two forward passes over a few hundred tokens): the distribution over the next
+token after each LOSSY pass is compared with the one before the first of them. `Verifier` runs with `--verify`: after
+each EXACT or CLOSE pass the model is run before and after on a prompt, a step with a cache, and a padded batch.
+
+Axes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from onnxpress.compiler.errors import UserError, VerificationError
+from onnxpress.compiler.pass_ import Pass, Promise, Report
+from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
+
+logger = logging.getLogger(__name__)
+
+# Largest difference that a CLOSE pass may make, relative to the largest value of the output, by the output's float type.
+# A chain of dozens of blocks amplifies what the order of additions changes in one of them.
+TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np.float64): 1e-6}
+
+Ids = npt.NDArray[np.int64]
+Outputs = dict[str, Array]
+
+
+def snapshot(model: ir.Model, directory: Path, name: str) -> Path:
+    """Saves `model` in its present state and lets its weights be read from the saved file from now on.
+
+    So lazily computed weights are computed once, and each snapshot holds all the model needs.
+
+    Returns:
+        The graph file, `directory / name`.onnx.
+    """
+    path = directory / f"{name}.onnx"
+    ir.save(model, path, external_data=f"{name}.onnx.data", size_threshold_bytes=256)
+    saved = ir.load(path).graph.initializers
+    for key, value in model.graph.initializers.items():
+        value.const_value = saved[key].const_value
+    return path
+
+
+def discard(path: Path) -> None:
+    """Removes a snapshot and its weights."""
+    for file in (path, path.with_name(path.name + ".data")):
+        file.unlink(missing_ok=True)
+
+
+@dataclass
+class LossMeter:
+    """Observer that adds to the report of each LOSSY pass what it cost.
+
+    `kl` is the mean KL divergence per token (nats) of the next-token distribution, from the model before the first
+    LOSSY pass to the one after this pass; `kl_added` is the part of this pass; `top1_agreement` the share of positions
+    at which both find the same token most likely. Other models than language models get `output_error`, the relative
+    root mean square error of their outputs on random inputs.
+
+    Attributes:
+        passes: the pipeline that is about to run.
+        work_dir: scratch folder for snapshots.
+        ids: token ids [1, T] to measure on; None for models without text.
+        about: where the ids come from, for the card.
+        quality: filled by `finish`, for the card.
+    """
+
+    passes: Sequence[Pass]
+    work_dir: Path
+    ids: Ids | None = None
+    about: str = ""
+    quality: dict[str, Any] = field(default_factory=dict)
+    _reference: Outputs | None = None
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _pending: Report | None = None
+    _position: int = 0
+
+    def before(self, pass_: Pass, model: ir.Model) -> None:
+        """Measures the reference before the first LOSSY pass."""
+        if pass_.promise is Promise.LOSSY and self._reference is None and not self.quality:
+            self._reference = self._guarded(lambda: self._run(self._snapshot(model, "reference"), is_float=True))
+
+    def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
+        """Measures a LOSSY pass; the last one waits for `finish`, which measures the file that is delivered."""
+        self._position += 1
+        if pass_.promise is not Promise.LOSSY or not report.modified or self._reference is None:
+            return
+        if any(later.promise is Promise.LOSSY for later in self.passes[self._position :]):
+            path = self._snapshot(model, f"after{self._position}")
+            outputs = self._guarded(lambda: self._run(path, is_float=False))
+            if outputs is not None:
+                self._note(report, outputs)
+        else:
+            self._pending = report
+
+    def finish(self, path: Path) -> None:
+        """Measures the finished model at `path`, and apart from it the part that quantized activations have in it."""
+        if self._pending is None or self._reference is None:
+            return
+        outputs = self._guarded(lambda: self._run(path, is_float=False))
+        if outputs is None:
+            return
+        self._note(self._pending, outputs)
+        self.quality |= {**self._metrics, "measured_on": self.about}
+        if self.ids is not None:
+            tokens = self.ids.shape[1] - 1
+            self.quality["tokens"] = tokens
+            self.quality["perplexity_before"] = self._perplexity(self._reference["log_probabilities"])
+            self.quality["perplexity_after"] = self._perplexity(outputs["log_probabilities"])
+        exact = write_with_exact_activations(path)
+        if exact is not None:
+            try:
+                plain = self._guarded(lambda: self._run(exact, is_float=False))
+            finally:
+                exact.unlink()
+            if plain is not None:
+                self._split(plain)
+
+    def _split(self, plain: Outputs) -> None:
+        """Divides the error between weights and activations."""
+        assert self._reference is not None
+        assert self._pending is not None
+        for name, value in _distance(self._reference, plain).items():
+            if name in ("kl", "output_error"):
+                parts = {f"{name}_weights": value, f"{name}_activations": self._metrics[name] - value}
+                self.quality |= parts
+                self._pending.metrics.update(parts)
+
+    def _snapshot(self, model: ir.Model, name: str) -> Path:
+        return snapshot(model, self.work_dir, name)
+
+    def _run(self, path: Path, *, is_float: bool) -> Outputs:
+        # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
+        probe = Probe(path, prepacked=not is_float)
+        if self.ids is None or not probe.is_language_model:
+            return probe.run(probe.random_feeds())
+        return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
+
+    def _note(self, report: Report, outputs: Outputs) -> None:
+        assert self._reference is not None
+        now = _distance(self._reference, outputs)
+        for name in ("kl", "output_error"):
+            if name in now:
+                report.metrics[f"{name}_added"] = now[name] - self._metrics.get(name, 0.0)
+        self._metrics = now
+        report.metrics.update(now)
+
+    def _perplexity(self, log_p_TV: Array) -> float:
+        assert self.ids is not None
+        chosen = np.take_along_axis(log_p_TV[:-1], self.ids[0, 1:, None], axis=1)
+        return float(np.exp(-chosen.mean(dtype=np.float64)))
+
+    def _guarded(self, measure: Callable[[], Outputs]) -> Outputs | None:
+        """None, and a word in the card, when the model does not run here: a CUDA artifact may be built without a GPU."""
+        try:
+            return measure()
+        except (UserError, MemoryError, OSError):
+            raise
+        except Exception as error:  # ORT has one exception type per C++ code
+            reason = str(error).strip().splitlines()[0][:200]
+            logger.warning("the loss was not measured: %s", reason)
+            self.quality["not_measured"] = reason
+            self._reference = None
+            return None
+
+
+@dataclass
+class Verifier:
+    """Observer that fails when a pass changes outputs by more than it promised.
+
+    Attributes:
+        work_dir: scratch folder for snapshots.
+        vocab_size: bound of the sample token ids.
+        seed: of the sample inputs.
+        results: one row per verified pass, for the card.
+    """
+
+    work_dir: Path
+    vocab_size: int = 0
+    seed: int = 0
+    results: list[dict[str, Any]] = field(default_factory=list)
+    _outputs: Outputs | None = None
+    _path: Path | None = None
+    _count: int = 0
+
+    def before(self, pass_: Pass, model: ir.Model) -> None:
+        """Runs the model as it came, before the first pass."""
+        if self._path is None:
+            self._path = snapshot(model, self.work_dir, "verify0")
+            self._outputs = self._run(self._path)
+
+    def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
+        """Compares outputs with those before the pass.
+
+        Raises:
+            VerificationError: an EXACT pass changed a bit, or a CLOSE pass more than rounding explains.
+        """
+        if not report.modified:
+            return
+        assert self._path is not None
+        assert self._outputs is not None
+        self._count += 1
+        path = snapshot(model, self.work_dir, f"verify{self._count}")
+        outputs = self._run(path)
+        if pass_.promise is not Promise.LOSSY:
+            fault, worst = compare(self._outputs, outputs, is_exact=pass_.promise is Promise.EXACT)
+            if fault is not None:
+                raise self._failure(pass_, report, fault, path)
+            report.metrics["verified_difference"] = worst
+            self.results.append({"pass": str(pass_), "promise": pass_.promise.value, "largest_difference": worst})
+        discard(self._path)
+        self._path, self._outputs = path, outputs
+
+    def _failure(self, pass_: Pass, report: Report, fault: str, path: Path) -> VerificationError:
+        assert self._path is not None
+        folder = Path(tempfile.mkdtemp(prefix="onnxpress-verify-"))
+        for name, old in (("before", self._path), ("after", path)):
+            saved = ir.load(old)
+            ir.save(saved, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+        sites = ", ".join(report.changed[:5]) + (", ..." if len(report.changed) > 5 else "")
+        return VerificationError(
+            f"{pass_}: promised {pass_.promise.value} outputs, but {fault}; it changed {len(report.changed)} sites: {sites}",
+            hint=f"compare before.onnx and after.onnx in {folder} (inputs: seed {self.seed}), and please report it",
+        )
+
+    def _run(self, path: Path) -> Outputs:
+        probe = Probe(path, threads=1)
+        if not probe.is_language_model:
+            return probe.run(probe.random_feeds(self.seed))
+        return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
+
+
+def compare(old: Mapping[str, Array], new: Mapping[str, Array], *, is_exact: bool) -> tuple[str | None, float]:
+    """(what differs first or None, the largest difference relative to the largest value of its output)."""
+    worst = 0.0
+    for name, before in old.items():
+        after = new.get(name)
+        if after is None:
+            return f"output {name} is gone", float("inf")
+        if before.shape != after.shape:
+            return f"{name}: shape {before.shape} became {after.shape}", float("inf")
+        if np.array_equal(before, after):
+            continue
+        scale = max(float(np.abs(before.astype(np.float64)).max(initial=0.0)), 1e-6)
+        difference = float(np.abs(before.astype(np.float64) - after.astype(np.float64)).max()) / scale
+        worst = max(worst, difference)
+        tolerance = 0.0 if is_exact else TOLERANCE.get(after.dtype, 0.0)
+        if not difference <= tolerance:
+            return f"{name} differs by {difference:.1e} of its largest value (allowed {tolerance:.0e})", difference
+    return None, worst
+
+
+def write_with_exact_activations(path: Path) -> Path | None:
+    """A copy of the graph at `path` in which no MatMulNBits rounds its activations; it shares the weights.
+
+    Returns:
+        The copy, beside `path`; None when the graph has no node that rounds activations.
+    """
+    proto = onnx.load(path, load_external_data=False)
+    found = 0
+    for node in proto.graph.node:
+        for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
+            if attribute.name == "accuracy_level" and attribute.i == 4:
+                attribute.i, found = 1, found + 1
+    if not found:
+        return None
+    copy = path.with_name(f"{path.stem}-exact-activations.onnx")
+    copy.write_bytes(proto.SerializeToString())
+    return copy
+
+
+def _distance(reference: Outputs, outputs: Outputs) -> dict[str, float]:
+    if "log_probabilities" in reference:
+        p_TV, q_TV = reference["log_probabilities"], outputs["log_probabilities"]
+        same = p_TV.argmax(axis=-1) == q_TV.argmax(axis=-1)
+        return {"kl": float(kl_divergence(p_TV, q_TV).mean()), "top1_agreement": float(same.mean())}
+    errors, norms = 0.0, 0.0
+    for name, before in reference.items():
+        after = outputs.get(name)
+        if after is None or after.shape != before.shape or not np.issubdtype(before.dtype, np.floating):
+            continue
+        errors += float(((before.astype(np.float64) - after.astype(np.float64)) ** 2).sum())
+        norms += float((before.astype(np.float64) ** 2).sum())
+    return {"output_error": float(np.sqrt(errors / norms)) if norms else 0.0}
+
+
+def _decoder_outputs(probe: Probe, vocab_size: int, seed: int) -> Iterable[tuple[str, Array]]:
+    """Outputs that must stay: a prompt, a step on its cache, and the same for two rows padded on the left.
+
+    Of the padded batch only logits at real tokens are looked at: what a model computes at padding is nobody's business.
+    """
+    rng = np.random.default_rng(seed)
+    for batch, pad in ((1, 0), (2, 3)):
+        ids = rng.integers(0, vocab_size, (batch, 12))
+        mask = np.ones_like(ids)
+        mask[1:, :pad] = 0
+        prompt = probe.run(probe.decoder_feeds(Step(ids, mask)))
+        place = f"batch of {batch}, prompt" if pad else "prompt"
+        yield from _visible(place, prompt, mask.astype(bool), with_cache=pad == 0)
+        cache = probe.next_cache(prompt)
+        if not cache:
+            continue
+        step = Step(rng.integers(0, vocab_size, (batch, 1)), np.concatenate([mask, np.ones((batch, 1), int)], 1), cache)
+        outputs = probe.run(probe.decoder_feeds(step))
+        place = f"batch of {batch}, decode step" if pad else "decode step"
+        yield from _visible(place, outputs, np.ones((batch, 1), bool), with_cache=pad == 0)
+
+
+def _visible(
+    place: str, outputs: Outputs, mask_BS: npt.NDArray[np.bool_], *, with_cache: bool
+) -> Iterable[tuple[str, Array]]:
+    for name, array in outputs.items():
+        if name == "logits":
+            yield f"{name} of the {place}", array[mask_BS] if array.shape[:2] == mask_BS.shape else array
+        elif with_cache:
+            yield f"{name} of the {place}", array

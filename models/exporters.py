@@ -1,0 +1,242 @@
+"""The exporters themselves: a torch model becomes `model.onnx` with configs beside it. Imports torch; see `export`.
+
+Both give a decoder the same face: input_ids, attention_mask, position_ids, past_key_values.N.key and .value in;
+logits, present.N.key and .value out. Caches are (batch, heads, tokens, head size).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+import transformers
+
+from onnxpress.compiler.errors import OnnxpressError, OptionError, UnsupportedModelError
+from onnxpress.models.export import Job
+
+logger = logging.getLogger(__name__)
+
+TORCHSCRIPT_MAX_OPSET = 20  # where torch froze its TorchScript exporter, which optimum uses
+_NOISY = ("transformers", "optimum", "accelerate", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_BATCH, _NEW, _PAST = "batch_size", "sequence_length", "past_sequence_length"
+_TOTAL = f"{_PAST} + {_NEW}"  # spelled as optimum does
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Reads the source, exports it to `job.out`, and returns facts for the card.
+
+    Raises:
+        BadModelFileError: the source is damaged or incomplete.
+        UnsupportedModelError: this architecture cannot be read, or not be exported with this exporter.
+        OptionError: the exporter cannot write this opset.
+    """
+    out = Path(job.out)
+    with quiet():
+        if job.kind == "gguf":
+            from onnxpress.models import gguf
+
+            model, facts = gguf.read_model(Path(job.source), out)
+        else:
+            from onnxpress.models import huggingface
+
+            model, facts = huggingface.read_model(Path(job.source)), {}
+            huggingface.save_fast_tokenizer(Path(job.source), out)
+        model.eval()
+        architecture = type(model).__name__
+        with torch.no_grad(), _failures(architecture, job.exporter):
+            (export_optimum if job.exporter == "optimum" else export_dynamo)(model, out, opset=job.opset)
+    packages = (
+        "torch",
+        "transformers",
+        *(("optimum", "optimum-onnx") if job.exporter == "optimum" else ("onnxscript",)),
+    )
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {**facts, "architecture": architecture, "exporter": job.exporter, "opset": job.opset, "versions": versions}
+
+
+def export_optimum(model: Any, out: Path, *, opset: int) -> None:
+    """Writes `model.onnx`, `config.json` and `generation_config.json` through optimum; decoders get a KV cache."""
+    if opset > TORCHSCRIPT_MAX_OPSET:
+        raise OptionError(
+            f"exporter 'optimum' writes opsets up to {TORCHSCRIPT_MAX_OPSET}, got opset={opset}",
+            hint="use exporter 'dynamo', or opset 18",
+        )
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model, which exports to several graphs",
+            hint="export it with optimum-cli and give one of its .onnx files",
+        )
+    if model.can_generate():
+        model.config.use_cache = True
+    onnx_export_from_model(model, out, opset=opset, do_validation=False)
+    graphs = sorted(str(path.relative_to(out)) for path in out.rglob("*.onnx"))
+    if graphs != ["model.onnx"]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} exports to several graphs: {', '.join(graphs)}", hint="export one graph yourself"
+        )
+
+
+def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
+    """Writes `model.onnx`, its data and configs through `torch.onnx.export(dynamo=True)`; decoders only.
+
+    Attention is exported in its eager form, which the fusion passes recognise.
+    """
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"exporter 'dynamo' handles decoder-only language models, {type(model).__name__} is none",
+            hint="use exporter 'optimum'",
+        )
+    model.set_attn_implementation("eager")
+    # Different sizes everywhere, none of them 0 or 1: torch.export takes equal sizes for the same dimension.
+    batch, new, past = 2, 3, 5
+    layers = _cache_shapes(model)
+    cache = [torch.zeros(batch, heads, past, size) for layer in layers for heads, size in layer]
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    positions = torch.arange(past, past + new)[None].repeat(batch, 1) if takes_positions else None
+    arguments = (
+        torch.ones(batch, new, dtype=torch.long),
+        torch.ones(batch, past + new, dtype=torch.long),
+        positions,
+        cache,
+    )
+    tokens = {0: _BATCH, 1: _NEW}
+    shapes = (
+        tokens,
+        {0: _BATCH, 1: "total_sequence_length"},
+        tokens if takes_positions else None,
+        [{0: _BATCH, 2: _PAST} for _ in cache],
+    )
+    kinds = [f"{index}.{kind}" for index in range(len(layers)) for kind in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", *(["position_ids"] if takes_positions else [])]
+    program = torch.onnx.export(
+        _FlatCache(model),
+        arguments,
+        f=None,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=shapes,
+        input_names=[*inputs, *(f"past_key_values.{kind}" for kind in kinds)],
+        output_names=["logits", *(f"present.{kind}" for kind in kinds)],
+        optimize=False,
+    )
+    graph_model: ir.Model = program.model
+    # torch notes the Python stack of every node, half the size of the file.
+    common_passes.ClearMetadataAndDocStringPass()(graph_model)
+    _name_dims(graph_model)
+    ir.save(graph_model, out / "model.onnx", external_data="model.onnx.data")
+    model.config.save_pretrained(out)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Turns what exporters print, warn and log into debug lines of ours; errors still raise."""
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    levels = [noisy.level for noisy in loggers]
+    said = io.StringIO()
+    try:
+        for noisy in loggers:
+            noisy.setLevel(logging.CRITICAL)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for noisy, level in zip(loggers, levels, strict=True):
+            noisy.setLevel(level)
+        for line in said.getvalue().splitlines():
+            logger.debug("%s", line)
+
+
+@contextlib.contextmanager
+def _failures(architecture: str, exporter: str) -> Iterator[None]:
+    """Turns whatever an exporter raises into one line: which architecture, which exporter, why."""
+    try:
+        yield
+    except (OnnxpressError, MemoryError):
+        raise
+    # Exporters fail with exceptions of every kind; the reason is theirs, the remedy is ours.
+    except Exception as error:
+        logger.debug("%s: %s failed", architecture, exporter, exc_info=True)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        other = "dynamo" if exporter == "optimum" else "optimum"
+        raise UnsupportedModelError(
+            f"{architecture} cannot be exported with {exporter}: {reason}", hint=f"try exporter {other!r}"
+        ) from error
+
+
+class _FlatCache(torch.nn.Module):  # type: ignore[misc]
+    """The model with its cache as a flat list of tensors: key 0, value 0, key 1, ..."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: list[Any]) -> tuple[Any, ...]:
+        cache = transformers.DynamicCache()
+        for index in range(len(past) // 2):
+            cache.update(past[2 * index], past[2 * index + 1], index)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
+        )
+        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (output.logits, *present)
+
+
+def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(heads, head size) of key and value, per layer, as the model itself fills an empty cache.
+
+    Raises:
+        UnsupportedModelError: the model keeps something else than keys and values of every token in every layer.
+    """
+    name = type(model).__name__
+    cache = transformers.DynamicCache()
+    try:
+        tokens = torch.ones(1, 3, dtype=torch.long)
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        layers = list(output.past_key_values.layers)
+        shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers]
+    # A state-space or hybrid model fails here in its own way: its layers ask the cache for states it has not.
+    except Exception as error:
+        logger.debug("%s: no plain KV cache", name, exc_info=True)
+        raise UnsupportedModelError(
+            f"{name} does not work with a plain key-value cache: {error}", hint="try exporter 'optimum'"
+        ) from error
+    expected = model.config.get_text_config().num_hidden_layers
+    is_plain = all(len(shape) == 4 and shape[0] == 1 and shape[2] == 3 for pair in shapes for shape in pair)
+    if len(layers) != expected or not is_plain:
+        found = f"{len(layers)} cache layers, shapes {sorted({shape for pair in shapes for shape in pair})}"
+        raise UnsupportedModelError(
+            f"{name}: expected keys and values (batch, heads, tokens, size) for {expected} layers, found {found}",
+            hint="try exporter 'optimum'",
+        )
+    return [((key[1], key[3]), (value[1], value[3])) for key, value in shapes]
+
+
+def _name_dims(model: ir.Model) -> None:
+    """Gives every symbolic size one spelling; torch writes the total now as past + new, now as new + past."""
+    spellings = {f"{_NEW} + {_PAST}": _TOTAL, "total_sequence_length": _TOTAL}
+
+    def renamed(shape: ir.Shape) -> ir.Shape:
+        return ir.Shape([dim if isinstance(dim, int) else spellings.get(str(dim.value), dim.value) for dim in shape])
+
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = renamed(value.shape)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.is_graph_output():
+                value.shape = renamed(value.shape)
