@@ -1,9 +1,9 @@
 """The directory that comes out: written once, opened often.
 
-    model.onnx, model.onnx.data     the graph and its weights
-    tokenizer.json, ...             as they came with the source
-    config.json, generation_config.json, genai_config.json
-    onnxpress.json                  the card: passes, numbers, hashes, versions
+model.onnx, model.onnx.data     the graph and its weights
+tokenizer.json, ...             as they came with the source
+config.json, generation_config.json, genai_config.json
+onnxpress.json                  the card: passes, numbers, hashes, versions
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
+from onnxpress.compiler.errors import BadModelFileError
 from onnxpress.compiler.genai import genai_config
 from onnxpress.compiler.report import Card, installed
+from onnxpress.compiler.sample_text import default_text
 from onnxpress.compiler.staging import MANIFEST
 from onnxpress.compiler.target import Target
 
 if TYPE_CHECKING:
     from onnxpress.runtime.evaluate import Evaluation
-    from onnxpress.runtime.session import Session
+    from onnxpress.runtime.generate import Generator
+    from onnxpress.runtime.session import DecoderSession
+    from onnxpress.runtime.tokenizer import Tokenizer
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
@@ -68,27 +72,61 @@ class Artifact:
         """Bytes of graph and weights."""
         return sum(path.stat().st_size for path in (self.model_path, self.directory / DATA) if path.exists())
 
-    def session(self, **options: Any) -> Session:
-        """A session of onnxpress' runtime on this model; see `onnxpress.runtime.session.Session.open`."""
-        from onnxpress.runtime.session import Session
+    def session(self, *, provider: str = "auto", threads: int | None = None, strict: bool = False) -> DecoderSession:
+        """This model in onnxpress' runtime; see `onnxpress.runtime.session.DecoderSession`."""
+        from onnxpress.runtime.session import DecoderSession
 
-        return Session.open(self.directory, **options)
+        return DecoderSession(self.directory, provider=provider, threads=threads, strict=strict)
 
-    def generate(self, prompt: str, **options: Any) -> str:
-        """The text that the model writes after `prompt`; see `onnxpress.runtime.generate.generate`."""
-        from onnxpress.runtime.generate import generate
+    def generate(self, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
+        """The text that the model writes after `prompt`.
 
-        return generate(self._session, prompt, **options)
+        Args:
+            prompt: what the user says, or the beginning of a text.
+            chat: put `prompt` into the chat template; None does so when there is one.
+            options: fields of `onnxpress.runtime.sampling.GenerationOptions`: max_new_tokens, temperature, seed, ...
+        """
+        from onnxpress.runtime.sampling import GenerationOptions
 
-    def evaluate(self, text: str, **options: Any) -> Evaluation:
-        """Perplexity on `text`, and with `reference=` the distance from another model."""
-        from onnxpress.runtime.evaluate import evaluate
+        generator = self._generator
+        assert generator.tokenizer is not None
+        ids = encode_prompt(generator.tokenizer, prompt, chat=chat)
+        return generator.generate(ids, GenerationOptions(**options)).text
 
-        return evaluate(self._session, text, **options)
+    def evaluate(
+        self,
+        text: str | None = None,
+        *,
+        reference: str | Path | Artifact | None = None,
+        context: int = 1024,
+        tokens: int = 8192,
+    ) -> Evaluation:
+        """Perplexity on `text`, and with a reference the distance from it.
+
+        Args:
+            text: plain text; None for English text that comes with Python.
+            reference: a model directory or artifact with the same vocabulary.
+            context: tokens of a window.
+            tokens: how much of the text.
+        """
+        from onnxpress.runtime.evaluate import perplexity
+        from onnxpress.runtime.session import DecoderSession
+
+        generator = self._generator
+        assert generator.tokenizer is not None
+        ids = generator.tokenizer.encode(text or default_text(), add_special_tokens=False)
+        directory = reference.directory if isinstance(reference, Artifact) else reference
+        other = None if directory is None else DecoderSession(directory)
+        return perplexity(
+            generator.session, ids, context=context, tokens=tokens, reference=other, tokenizer=generator.tokenizer
+        )
 
     @functools.cached_property
-    def _session(self) -> Session:
-        return self.session()
+    def _generator(self) -> Generator:
+        from onnxpress.runtime.generate import Generator
+        from onnxpress.runtime.tokenizer import Tokenizer
+
+        return Generator(self.session(), Tokenizer(self.directory))
 
     def __str__(self) -> str:
         return str(self.directory)
@@ -117,10 +155,16 @@ def open_artifact(directory: str | Path) -> Artifact:
     return Artifact(directory, card)
 
 
-def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", name: str = GRAPH) -> Path:
-    """Saves `model` with external data, one tensor in memory at a time; returns the graph file.
+def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", max_in_flight_bytes: int = 256 << 20) -> Path:
+    """Saves `model` with external data and returns the graph file.
 
     The model is set up for ONNX Runtime on the way: IR version, operator domains, producer, `onnxpress.pipeline`.
+
+    Args:
+        model: the graph; lazily computed weights are computed now, on several cores.
+        directory: where it goes.
+        pipeline: the text of the passes that made it.
+        max_in_flight_bytes: weights that are in memory at once; a single larger one still is.
     """
     model.ir_version = IR_VERSION
     used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
@@ -132,8 +176,15 @@ def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", name: s
     if pipeline:
         model.metadata_props[PIPELINE_KEY] = pipeline
     _drop_exporter_notes(model)
-    path = directory / name
-    ir.save(model, path, external_data=f"{name}.data", size_threshold_bytes=INLINE_BYTES)
+    path = directory / GRAPH
+    ir.save(
+        model,
+        path,
+        external_data=DATA,
+        size_threshold_bytes=INLINE_BYTES,
+        max_workers=min(4, os.cpu_count() or 1),
+        max_in_flight_bytes=max_in_flight_bytes,
+    )
     return path
 
 
@@ -158,14 +209,13 @@ def write_card(card: Card, directory: Path) -> None:
     _write_json(directory / MANIFEST, card)
 
 
-def require_language_model(names: Iterable[str], what: str) -> None:
-    """Raises UnsupportedModelError unless a model with these input and output names maps token ids to logits."""
-    missing = {"input_ids", "logits"} - set(names)
-    if missing:
-        raise UnsupportedModelError(
-            f"{what}: needs a language model, this graph has no {' and no '.join(sorted(missing))}",
-            hint="use inspect to see its inputs and outputs",
-        )
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool | None = None) -> list[int]:
+    """Tokens of a prompt, in the chat template unless `chat` is False or the model has none."""
+    if chat is None:
+        chat = "default" in tokenizer.templates
+    if chat:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode(prompt)
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

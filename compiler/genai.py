@@ -17,8 +17,29 @@ from onnxpress.compiler.target import Target
 
 # `model.type` that onnxruntime-genai 0.18 accepts for a text decoder with an ordinary key-value cache.
 KNOWN_TYPES = frozenset(
-    "chatglm ernie4_5 gemma gemma2 gemma3_text gemma4_text gptoss granite hunyuandensev1 internlm2 llama mistral "
-    "nemotron olmo phi phi3 phi3small phimoe qwen2 qwen3 smollm3".split()
+    [
+        "chatglm",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma4_text",
+        "gptoss",
+        "granite",
+        "hunyuandensev1",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
 )
 _DEFAULT_CONTEXT = 2048  # when no config says how long a sequence may be
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -64,9 +85,7 @@ def find_cache(model: ir.Model) -> Cache | None:
         past_value=past_value,
         present_key=present_key,
         present_value=present_value,
-        is_shareable=all(
-            _appends_in_place(value) for value in model.graph.outputs if "present" in (value.name or "")
-        ),
+        is_shareable=all(_appends_in_place(value) for value in model.graph.outputs if "present" in (value.name or "")),
     )
 
 

@@ -1,4 +1,4 @@
-"""Text to passes and back, and the run of a pipeline: one pass after the other, each reported and, on request, verified.
+"""Text to passes and back, and the run of a pipeline: one pass after the other, each reported and observed.
 
 `fuse, svd(ratio=0.3), rtn(bits=4)` is a Python expression: names and calls with literal keyword arguments, separated by
 commas. A name is a pass or a recipe; a recipe is replaced by its passes, so the text that is stored names passes only.

@@ -66,9 +66,9 @@ def requirements(model: ir.Model) -> dict[str, Any]:
         "ir_version": model.ir_version,
         "opset_imports": dict(model.opset_imports),
         # com.microsoft operators are not versioned: below the version that was tried, nothing is known of them.
-        "minimum_onnxruntime": tried if model.opset_imports.get("com.microsoft") else _RUNTIME_OF_OPSET.get(
-            min(max(opset, 18), newest), tried
-        ),
+        "minimum_onnxruntime": tried
+        if model.opset_imports.get("com.microsoft")
+        else _RUNTIME_OF_OPSET.get(min(max(opset, 18), newest), tried),
         "tried_onnxruntime": tried,
     }
 

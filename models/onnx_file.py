@@ -11,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -110,12 +109,12 @@ def _parse(path: Path, real: Path) -> onnx.ModelProto:
     if size == 0:
         raise BadModelFileError(f"{path}: expected an ONNX model, found an empty file", hint=_check_hint(path))
     try:
-        with real.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-            if buffer[:64].startswith(b"version https://git-lfs"):
+        with real.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
                 raise BadModelFileError(
                     f"{path}: expected an ONNX model, found a git-lfs pointer", hint="fetch the file: git lfs pull"
                 )
-            skeleton = _skeleton(buffer, real.name)
+            skeleton = _skeleton(file, size, real.name)
         proto = onnx.ModelProto()
         proto.ParseFromString(skeleton)
         return proto
@@ -127,35 +126,35 @@ def _parse(path: Path, real: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _skeleton(buffer: mmap.mmap, location: str) -> bytes:
+def _skeleton(file: BinaryIO, size: int, location: str) -> bytes:
     """ModelProto bytes in which initializers above the limit are external data at their own place in the file."""
     pieces: list[bytes] = []
-    for field in _fields(buffer, 0, len(buffer)):
+    for field in _fields(file, 0, size):
         if field.number == _MODEL_GRAPH and field.wire == _LENGTH_DELIMITED:
-            graph = b"".join(_graph_pieces(buffer, field, location))
+            graph = b"".join(_graph_pieces(file, field, location))
             pieces += [_tag(_MODEL_GRAPH), _varint(len(graph)), graph]
         else:
-            pieces.append(buffer[field.tag : field.end])
+            pieces.append(_read(file, field.tag, field.end))
     return b"".join(pieces)
 
 
-def _graph_pieces(buffer: mmap.mmap, graph: _Field, location: str) -> Iterator[bytes]:
-    for field in _fields(buffer, graph.start, graph.end):
+def _graph_pieces(file: BinaryIO, graph: _Field, location: str) -> Iterator[bytes]:
+    for field in _fields(file, graph.start, graph.end):
         is_large = field.end - field.start > INLINE_LIMIT
         if field.number == _GRAPH_INITIALIZER and field.wire == _LENGTH_DELIMITED and is_large:
-            tensor = _external_tensor(buffer, field, location)
+            tensor = _external_tensor(file, field, location)
             yield from (_tag(_GRAPH_INITIALIZER), _varint(len(tensor)), tensor)
         else:
-            yield buffer[field.tag : field.end]
+            yield _read(file, field.tag, field.end)
 
 
-def _external_tensor(buffer: mmap.mmap, tensor: _Field, location: str) -> bytes:
+def _external_tensor(file: BinaryIO, tensor: _Field, location: str) -> bytes:
     """The TensorProto with its raw_data, if large, as external data of the file at `location`."""
-    fields = list(_fields(buffer, tensor.start, tensor.end))
+    fields = list(_fields(file, tensor.start, tensor.end))
     raw = [field for field in fields if field.number == _TENSOR_RAW_DATA and field.wire == _LENGTH_DELIMITED]
     if len(raw) != 1 or raw[0].end - raw[0].start <= INLINE_LIMIT:
-        return buffer[tensor.start : tensor.end]
-    rest = b"".join(buffer[field.tag : field.end] for field in fields if field is not raw[0])
+        return _read(file, tensor.start, tensor.end)
+    rest = b"".join(_read(file, field.tag, field.end) for field in fields if field is not raw[0])
     proto = onnx.TensorProto()
     proto.ParseFromString(rest)
     if proto.data_location == onnx.TensorProto.EXTERNAL:
@@ -166,22 +165,22 @@ def _external_tensor(buffer: mmap.mmap, tensor: _Field, location: str) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def _fields(buffer: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
+def _fields(file: BinaryIO, start: int, end: int) -> Iterator[_Field]:
     """The fields of the message in buffer[start:end], in order, each checked to end inside it."""
     position = start
     while position < end:
         tag = position
-        key, position = _read_varint(buffer, position, end)
+        key, position = _read_varint(file, position, end)
         number, wire = key >> 3, key & 7
         if number == 0:
             raise _WireError(f"no protobuf field at byte {tag:,}")
         if wire == 0:
             payload = position
-            _, position = _read_varint(buffer, position, end)
+            _, position = _read_varint(file, position, end)
         elif wire in (1, 5):
             payload, position = position, position + (8 if wire == 1 else 4)
         elif wire == _LENGTH_DELIMITED:
-            length, payload = _read_varint(buffer, position, end)
+            length, payload = _read_varint(file, position, end)
             position = payload + length
         else:
             raise _WireError(f"no protobuf field at byte {tag:,}")
@@ -190,17 +189,20 @@ def _fields(buffer: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
         yield _Field(number, wire, tag, payload, position)
 
 
-def _read_varint(buffer: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+def _read_varint(file: BinaryIO, position: int, end: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends."""
     value = 0
-    for shift in range(0, 70, 7):
-        if position >= end:
-            raise _WireError(f"truncated at byte {position:,}")
-        byte = buffer[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
+    for index, byte in enumerate(_read(file, position, min(position + 10, end))):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return value, position
-    raise _WireError(f"no protobuf number at byte {position:,}")
+            return value, position + index + 1
+    raise _WireError(f"truncated, or no protobuf number, at byte {position:,}")
+
+
+def _read(file: BinaryIO, start: int, end: int) -> bytes:
+    # Reading, not mapping: a map of the file counts as memory of this process, in pieces as large as the kernel likes.
+    file.seek(start)
+    return file.read(end - start)
 
 
 def _varint(value: int) -> bytes:

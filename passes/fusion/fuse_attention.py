@@ -31,7 +31,7 @@ _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Id
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention(Pass):
-    """One GroupQueryAttention per layer; scale, window, softcap and mask are carried over or the layer is left alone."""
+    """One GroupQueryAttention per layer; scale, window, softcap and mask are carried over, or the layer is left."""
 
     promise: ClassVar[Promise] = Promise.CLOSE
     paper: ClassVar[str] = "arXiv:2305.13245"

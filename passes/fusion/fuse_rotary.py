@@ -1,9 +1,9 @@
 """Fuses rotary position embedding into com.microsoft RotaryEmbedding with caches of cosines and sines.
 
 Paper:   Su et al., arXiv:2104.09864, in the half-rotated spelling: y = x cos(p) + [-x_2, x_1] sin(p).
-Caches:  the graph's own nodes from positions to cosines are copied and fed with 0 .. max - 1, so every scaling rule (linear,
-         Llama 3, YaRN) is carried over as it is. ONNX Runtime folds the copies at load; the file stays small: the
-         table of a 135M model with 8,192 positions would be 2 % of its 4-bit size.
+Caches:  the graph's own nodes from positions to cosines are copied and fed with 0 .. max - 1, so every scaling rule
+         (linear, Llama 3, YaRN) is carried over as it is. ONNX Runtime folds the copies at load; the file stays small:
+         the table of a 135M model with 8,192 positions would be 2 % of its 4-bit size.
 Axes:    B batch, S sequence, D rotated width of a head, M positions in the cache
 """
 
@@ -166,7 +166,7 @@ class _Caches:
         if given.dtype == ir.DataType.INT32:
             last = ir.Node("", "Cast", [row.outputs[0]], [ir.AttrInt64("to", ir.DataType.INT32)])
         given.replace_all_uses_with(last.outputs[0])
-        graph.extend([node for node in dict.fromkeys((counted, row, last))])
+        graph.extend(list(dict.fromkeys((counted, row, last))))
         full = graph.outputs.pop()
         halves = ir.Node("", "Split", [full], [ir.AttrInt64("axis", -1), ir.AttrInt64("num_outputs", 2)], num_outputs=2)
         if self._opset() < 18:

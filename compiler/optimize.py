@@ -1,0 +1,262 @@
+"""Source, pipeline, artifact: the one function that runs them all.
+
+load -> passes (watched by the loss meter and, on request, the verifier) -> write -> measure -> swap into place
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onnxpress import models
+from onnxpress.compiler import pipeline as pipelines
+from onnxpress.compiler import report as cards
+from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
+from onnxpress.compiler.errors import CalibrationError, OptionError
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
+from onnxpress.compiler.pipeline import Observer, Pipeline
+from onnxpress.compiler.report import Card
+from onnxpress.compiler.sample_text import sample_tokens
+from onnxpress.compiler.staging import Stage, staged
+from onnxpress.compiler.target import Target
+from onnxpress.compiler.target import target as find_target
+from onnxpress.compiler.verify import LossMeter, Verifier
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RECIPE = "int4"
+_MEASURED_TOKENS = 256
+_SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
+
+Tell = Callable[[str], None]
+
+
+def optimize(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    recipe: str | None = None,
+    passes: str | Pipeline | Sequence[Pass] | None = None,
+    target: str = "cpu",
+    calibration: str | Path | None = None,
+    verify: bool = False,
+    measure: bool = True,
+    seed: int = 0,
+    exporter: str = "optimum",
+    opset: int = 18,
+    track: Tracker | None = None,
+    tell: Tell | None = None,
+) -> Artifact:
+    """Makes an artifact of `model`.
+
+    Args:
+        model: Hugging Face id or directory, `.gguf` file, ONNX file or a directory with one, or a zoo name.
+        output: directory to write. One that onnxpress wrote is replaced, in one step and only when the new one is
+            complete; any other that is not empty is an error. None writes to a temporary directory that lasts as long
+            as the process.
+        recipe: name of a pipeline, see `onnxpress recipes`; "int4" when `passes` is not given either.
+        passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
+        target: "cpu" or "cuda".
+        calibration: text file for passes that look at activations; the loss is measured on it too.
+        verify: compare outputs before and after every EXACT and CLOSE pass.
+        measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
+        seed: of everything random; the same seed gives the same bytes.
+        exporter: "optimum" or "dynamo", for checkpoints.
+        opset: of `ai.onnx`, for checkpoints.
+        track: draws progress, `for item in track(items, label)`.
+        tell: told in a few words what takes time.
+
+    Raises:
+        UserError: the model, an option or the output directory is at fault.
+        PassError: a pass broke its contract; nothing was written.
+    """
+    chosen_target = find_target(target)
+    pipeline = _pipeline(recipe, passes, chosen_target)
+    context = Context(target=chosen_target, seed=seed, text=_read(calibration))
+    if track is not None:
+        context.track = track
+    clock = _Clock()
+    tell = tell or _log
+    directory = _temporary() if output is None else Path(output).expanduser()
+    with staged(directory) as stage:
+        context.work_dir = stage.work
+        with clock.timed("load"):
+            source = models.load(
+                model,
+                work_dir=stage.work,
+                exporter=exporter,  # type: ignore[arg-type]  # checked by `load`
+                opset=opset,
+                progress=tell,
+            )
+        context.config = dict(source.config)
+        before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
+        meter = _meter(source, pipeline, context, stage) if measure else None
+        verifier = _verifier(source, context, stage) if verify else None
+        watching: list[Observer] = [_Narrator(tell, len(pipeline))]
+        watching += [observer for observer in (verifier, meter) if observer is not None]
+        with clock.timed("passes"):
+            done = pipelines.run(source.model, pipeline, context, watching)
+        tell("writing the artifact")
+        with clock.timed("write"):
+            path = write_graph(source.model, stage.path, pipeline=str(pipeline), max_in_flight_bytes=_SAVING_MEMORY)
+            write_companions(source.model, stage.path, source=source, config=context.config, target=chosen_target)
+        if meter is not None:
+            tell("measuring the loss")
+            with clock.timed("measure"):
+                meter.finish(path)
+        card = _card(source, pipeline, context, done, before)
+        card["recipe"] = recipe or (DEFAULT_RECIPE if passes is None else None)
+        card["quality"] = meter.quality if meter is not None else {"not_measured": "switched off"}
+        if verifier is not None:
+            card["verified"] = verifier.results
+        card["seconds"] = clock.seconds
+        card["peak_memory_bytes"] = cards.peak_memory_bytes()
+        write_card(card, stage.path)
+    return Artifact(directory, card)
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    exporter: str = "optimum",
+    opset: int = 18,
+    tell: Tell | None = None,
+) -> Artifact:
+    """Makes an ONNX directory of `model` without changing it; see `optimize` for the arguments and errors."""
+    return optimize(model, output=output, passes="", exporter=exporter, opset=opset, measure=False, tell=tell)
+
+
+class _Clock:
+    """Wall seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+class _Narrator:
+    """Says which pass runs."""
+
+    def __init__(self, tell: Tell, total: int) -> None:
+        self.tell, self.total, self.number = tell, total, 0
+
+    def before(self, pass_: Pass, model: Any) -> None:
+        self.number += 1
+        self.tell(f"pass {self.number} of {self.total}: {pass_}")
+
+    def after(self, pass_: Pass, model: Any, report: Report) -> None:
+        pass
+
+
+def _pipeline(recipe: str | None, passes: str | Pipeline | Sequence[Pass] | None, target: Target) -> Pipeline:
+    if recipe is not None and passes is not None:
+        raise OptionError("expected a recipe or passes, got both", hint="leave one of them out")
+    if passes is None:
+        return pipelines.recipe(recipe or DEFAULT_RECIPE, target)
+    if isinstance(passes, str):
+        return pipelines.parse(passes, target) if passes.strip() else Pipeline(())
+    return passes if isinstance(passes, Pipeline) else Pipeline(tuple(passes))
+
+
+def _read(path: str | Path | None) -> str:
+    """Calibration text.
+
+    Raises:
+        CalibrationError: no such file, not text, or empty.
+    """
+    if path is None:
+        return ""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}", hint="give a text file") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: expected UTF-8 text: {error.reason}", hint="give a text file") from error
+    if not text.strip():
+        raise CalibrationError(f"{path}: expected text, found an empty file", hint="give a few pages of plain text")
+    return text
+
+
+def _temporary() -> Path:
+    """A directory that is removed when the process ends."""
+    directory = tempfile.mkdtemp(prefix="onnxpress-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(directory) / "artifact"
+
+
+def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: Stage) -> LossMeter | None:
+    passes = tuple(pipeline)
+    if not any(one.promise is Promise.LOSSY for one in passes):
+        return None
+    if "input_ids" not in {value.name for value in source.model.graph.inputs}:
+        return LossMeter(passes, stage.work, about="random inputs")
+    ids, about = sample_tokens(
+        source.files, context.text, count=_MEASURED_TOKENS, vocab_size=_vocab_size(source), seed=context.seed
+    )
+    return LossMeter(passes, stage.work, ids, about)
+
+
+def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:
+    return Verifier(stage.work, vocab_size=_vocab_size(source), seed=context.seed)
+
+
+def _vocab_size(source: models.Source) -> int:
+    """Token ids that the model knows: the width of its logits, else what its config says."""
+    for value in source.model.graph.outputs:
+        if value.name == "logits" and value.shape is not None and isinstance(value.shape[-1], int):
+            return value.shape[-1]
+    size = (source.config.get("text_config") or source.config).get("vocab_size")
+    return size if isinstance(size, int) else 100
+
+
+def _card(
+    source: models.Source,
+    pipeline: Pipeline,
+    context: Context,
+    done: Sequence[tuple[Pass, Report]],
+    before: dict[str, int],
+) -> Card:
+    provenance = dict(source.provenance)
+    earlier = provenance.pop("artifact", None) or {}
+    history = [*earlier.get("history", []), earlier["pipeline"]] if earlier.get("pipeline") else []
+    return {
+        "format": cards.CARD_FORMAT,
+        "name": source.name,
+        "architecture": (context.config.get("architectures") or [context.config.get("model_type")])[0],
+        "target": context.target.name,
+        "pipeline": str(pipeline),
+        "history": history,
+        "recipe": None,
+        "seed": context.seed,
+        "passes": [cards.pass_row(pass_, report) for pass_, report in done],
+        "size": {
+            "nodes_before": before["nodes"],
+            "nodes_after": len(source.model.graph),
+            "bytes_before": before["bytes"],
+            "bytes_after": weight_bytes(source.model),
+        },
+        "operators": cards.operators(source.model),
+        "quality": {},
+        "source": {"kind": source.kind, **provenance, **({"source": earlier["source"]} if "source" in earlier else {})},
+        "requires": cards.requirements(source.model),
+        "versions": cards.versions(),
+        "machine": cards.machine(),
+        "created": cards.now(),
+    }
+
+
+def _log(message: str) -> None:
+    logger.info("%s", message)

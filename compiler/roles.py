@@ -1,0 +1,175 @@
+"""Tells the role of a linear by what its output flows into: attention, a gated product, the residual, the logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnxpress.compiler.blocks import Block
+
+if TYPE_CHECKING:
+    from onnxpress.compiler.linears import Linear
+
+# Roles a linear can play in a block; "linear" when nothing is known about it.
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "linear")
+
+
+def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) -> None:
+    """Names linears by what their outputs flow into: attention operands, a gated product, the residual, the logits."""
+    block_of = {id(node): block.index for block in blocks for node in block.nodes}
+    boundary = {id(node) for block in blocks for node in block.residuals}
+    outputs = {id(value) for value in graph.outputs}
+    starts = {id(one.node) for one in linears} | {id(one.factors[0].node) for one in linears if one.factors}
+    for one in linears:
+        one.block = block_of.get(id(one.node))
+        one.kind = _kind(one, starts, boundary, outputs)
+    _split_gate_up(linears)
+    used: dict[str, int] = {}
+    for one in linears:
+        if one.kind == "linear":
+            base = one.name
+        else:
+            base = one.kind if one.block is None else f"block{one.block}.{one.kind}"
+        used[base] = used.get(base, 0) + 1
+        one.name = base if used[base] == 1 else f"{base}.{used[base]}"
+        if one.factors is not None:
+            for factor, end in zip(one.factors, ("A", "B"), strict=True):
+                factor.name, factor.block, factor.kind = f"{one.name}.{end}", one.block, one.kind
+
+
+_ATTENTION = {"GroupQueryAttention": 3, "MultiHeadAttention": 3, "Attention": 3}
+
+
+def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) -> str:
+    """Follows the data from the output until an operator tells the role; linears, norms and residuals end a path."""
+    if one.block is None:
+        return "head" if _reaches(one.output, outputs, starts) else "linear"
+    roles: set[str] = set()
+    queue, seen = [one.output], {id(one.output)}
+    while queue:
+        value = queue.pop()
+        for node, index in value.uses():
+            if id(node) in starts:
+                if index == 0:
+                    roles.add("into_linear")
+                continue
+            if id(node) in boundary:
+                roles.add("residual")
+                continue
+            if node.op_type in _ATTENTION:
+                packed = len(node.inputs) < 2 or node.inputs[1] is None
+                roles.add("qkv" if packed and index == 0 else "qkv"[index] if index < 3 else "other")
+                continue
+            if node.op_type == "Softmax":
+                roles.add("scores")
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return _role(roles, one)
+
+
+def _role(roles: set[str], one: Linear) -> str:
+    attention = roles & {"q", "k", "v", "qkv"}
+    if len(attention) == 1:
+        return attention.pop()
+    if attention:
+        return "qkv"
+    if "scores" in roles:
+        # Before fusion both operands of the score product reach the Softmax; the cache tells them apart.
+        return "k" if _meets_cache(one.output) else "q"
+    if "residual" in roles:
+        return "o" if _after_attention(one) else "down"
+    if "into_linear" in roles:
+        return "v" if _meets_cache(one.output) else "gate_up"
+    return "linear"
+
+
+def _meets_cache(value: ir.Value) -> bool:
+    """Whether the value is joined with a graph input (a past key or value) before anything multiplies it away."""
+    queue, seen = [value], set()
+    while queue:
+        current = queue.pop()
+        for node in current.consumers():
+            if node.op_type == "Concat" and any(_is_past(v) for v in node.inputs):
+                return True
+            if node.op_type in ("MatMul", "Gemm", "Softmax", "MatMulNBits"):
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return False
+
+
+def _is_past(value: ir.Value | None) -> bool:
+    """Whether the value is a graph input, at most joined, cut or cast (as torch's exporter leaves the cache)."""
+    for _ in range(4):
+        if value is None or value.is_graph_input():
+            return value is not None
+        node = value.producer()
+        if node is None or node.op_type not in ("Concat", "Slice", "Cast", "Identity"):
+            return False
+        value = node.inputs[-1] if node.op_type == "Concat" else node.inputs[0]
+    return False
+
+
+def _after_attention(one: Linear) -> bool:
+    """Whether the activation comes from an attention operator or a product with a Softmax."""
+    value: ir.Value | None = one.activation
+    for _ in range(16):
+        node = value.producer() if value is not None else None
+        if node is None:
+            return False
+        if node.op_type in _ATTENTION:
+            return True
+        if node.op_type == "MatMul":
+            left = node.inputs[0].producer() if node.inputs[0] is not None else None
+            while left is not None and left.op_type in ("Cast", "Where", "Dropout", "Identity"):
+                source = left.inputs[-1] if left.op_type == "Where" else left.inputs[0]
+                left = source.producer() if source is not None else None
+            return left is not None and left.op_type == "Softmax"
+        value = node.inputs[0] if node.inputs else None
+    return False
+
+
+def _reaches(value: ir.Value, outputs: set[int], starts: set[int]) -> bool:
+    queue, seen = [value], {id(value)}
+    while queue:
+        current = queue.pop()
+        if id(current) in outputs:
+            return True
+        for node in current.consumers():
+            if id(node) in starts:
+                continue
+            for output in node.outputs:
+                if id(output) not in seen:
+                    seen.add(id(output))
+                    queue.append(output)
+    return False
+
+
+_ACTIVATIONS = ("Sigmoid", "QuickGelu", "Gelu", "FastGelu", "Erf", "Tanh", "Relu", "Swish", "BiasGelu")
+
+
+def _split_gate_up(linears: list[Linear]) -> None:
+    """Of two linears whose outputs are multiplied, the one that an activation function touches is the gate."""
+    for one in linears:
+        if one.kind != "gate_up":
+            continue
+        value, activated = one.output, False
+        consumers = value.consumers()
+        while len(consumers) == 1 and consumers[0].op_type == "Add" and _adds_constant(consumers[0]):
+            value = consumers[0].outputs[0]
+            consumers = value.consumers()
+        if any(node.op_type == "Split" or node.op_type == "Slice" for node in consumers):
+            continue  # both halves in one matrix
+        activated = any(node.op_type in _ACTIVATIONS for node in consumers)
+        gated = any(node.op_type == "Mul" for node in consumers) or activated
+        one.kind = "gate" if activated and gated else "up"
+
+
+def _adds_constant(node: ir.Node) -> bool:
+    return any(value is not None and value.is_initializer() for value in node.inputs)
