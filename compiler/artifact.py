@@ -29,9 +29,8 @@ from onnxpress.compiler.target import Target
 
 if TYPE_CHECKING:
     from onnxpress.runtime.evaluate import Evaluation
-    from onnxpress.runtime.generate import Generator
+    from onnxpress.runtime.model import Model, Prompt
     from onnxpress.runtime.session import DecoderSession
-    from onnxpress.runtime.tokenizer import Tokenizer
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
@@ -73,25 +72,26 @@ class Artifact:
         return sum(path.stat().st_size for path in (self.model_path, self.directory / DATA) if path.exists())
 
     def session(self, *, provider: str = "auto", threads: int | None = None, strict: bool = False) -> DecoderSession:
-        """This model in onnxpress' runtime; see `onnxpress.runtime.session.DecoderSession`."""
+        """The graph in onnxpress' runtime, without a tokenizer; see `onnxpress.runtime.session.DecoderSession`."""
         from onnxpress.runtime.session import DecoderSession
 
         return DecoderSession(self.directory, provider=provider, threads=threads, strict=strict)
 
-    def generate(self, prompt: str, *, chat: bool | None = None, **options: Any) -> str:
+    def load(self, *, provider: str = "auto", threads: int | None = None, strict: bool = False) -> Model:
+        """The graph with its tokenizer; see `onnxpress.runtime.model.load`."""
+        from onnxpress.runtime.model import load
+
+        return load(self.directory, provider=provider, threads=threads, strict=strict)
+
+    def generate(self, prompt: Prompt, *, chat: bool | None = None, **settings: Any) -> str:
         """The text that the model writes after `prompt`.
 
         Args:
-            prompt: what the user says, or the beginning of a text.
-            chat: put `prompt` into the chat template; None does so when there is one.
-            options: fields of `onnxpress.runtime.sampling.GenerationOptions`: max_new_tokens, temperature, seed, ...
+            prompt: what the user says, the beginning of a text, a conversation, or token ids.
+            chat: put a plain `prompt` into the chat template; None does so when the model has one.
+            settings: those of `onnxpress.runtime.sampling.GenerationOptions`: max_new_tokens, temperature, seed, ...
         """
-        from onnxpress.runtime.sampling import GenerationOptions
-
-        generator = self._generator
-        assert generator.tokenizer is not None
-        ids = encode_prompt(generator.tokenizer, prompt, chat=chat)
-        return generator.generate(ids, GenerationOptions(**options)).text
+        return self._model.generate(as_prompt(self._model, prompt, chat=chat), **settings).text
 
     def evaluate(
         self,
@@ -109,24 +109,19 @@ class Artifact:
             context: tokens of a window.
             tokens: how much of the text.
         """
-        from onnxpress.runtime.evaluate import perplexity
-        from onnxpress.runtime.session import DecoderSession
+        from onnxpress.runtime.model import load
 
-        generator = self._generator
-        assert generator.tokenizer is not None
-        ids = generator.tokenizer.encode(text or default_text(), add_special_tokens=False)
         directory = reference.directory if isinstance(reference, Artifact) else reference
-        other = None if directory is None else DecoderSession(directory)
-        return perplexity(
-            generator.session, ids, context=context, tokens=tokens, reference=other, tokenizer=generator.tokenizer
+        return self._model.evaluate(
+            text or default_text(),
+            context=context,
+            tokens=tokens,
+            reference=None if directory is None else load(directory),
         )
 
     @functools.cached_property
-    def _generator(self) -> Generator:
-        from onnxpress.runtime.generate import Generator
-        from onnxpress.runtime.tokenizer import Tokenizer
-
-        return Generator(self.session(), Tokenizer(self.directory))
+    def _model(self) -> Model:
+        return self.load()
 
     def __str__(self) -> str:
         return str(self.directory)
@@ -203,19 +198,19 @@ def write_companions(
 
 
 def write_card(card: Card, directory: Path) -> None:
-    """Writes `onnxpress.json`; it accounts for every file of the directory, with sizes and hashes of graph and weights."""
+    """Writes `onnxpress.json`, which accounts for every file of the directory."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     card["files"] = {name: _facts(directory / name, with_hash=name in (GRAPH, DATA)) for name in names}
     _write_json(directory / MANIFEST, card)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool | None = None) -> list[int]:
-    """Tokens of a prompt, in the chat template unless `chat` is False or the model has none."""
+def as_prompt(model: Model, prompt: Prompt, *, chat: bool | None = None) -> Prompt:
+    """A plain text as a conversation, unless `chat` is False or the model has no chat template."""
+    if not isinstance(prompt, str):
+        return prompt
     if chat is None:
-        chat = "default" in tokenizer.templates
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    return tokenizer.encode(prompt)
+        chat = model.has_tokenizer and "default" in model.tokenizer.templates
+    return [{"role": "user", "content": prompt}] if chat else prompt
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

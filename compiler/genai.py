@@ -17,29 +17,11 @@ from onnxpress.compiler.target import Target
 
 # `model.type` that onnxruntime-genai 0.18 accepts for a text decoder with an ordinary key-value cache.
 KNOWN_TYPES = frozenset(
-    [
-        "chatglm",
-        "ernie4_5",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gemma4_text",
-        "gptoss",
-        "granite",
-        "hunyuandensev1",
-        "internlm2",
-        "llama",
-        "mistral",
-        "nemotron",
-        "olmo",
-        "phi",
-        "phi3",
-        "phi3small",
-        "phimoe",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    ]
+    (
+        *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gptoss", "granite"),
+        *("hunyuandensev1", "internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phi3small"),
+        *("phimoe", "qwen2", "qwen3", "smollm3"),
+    )
 )
 _DEFAULT_CONTEXT = 2048  # when no config says how long a sequence may be
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
@@ -125,7 +107,7 @@ def genai_config(
         "num_hidden_layers": cache.num_layers,
         "num_key_value_heads": cache.num_heads,
     }
-    decoder = {
+    decoder: dict[str, Any] = {
         "session_options": {
             "log_id": "onnxpress",
             "provider_options": [] if target.provider == "cpu" else [{target.provider: {}}],

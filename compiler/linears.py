@@ -175,7 +175,7 @@ def find_embeddings(model: ir.Model, linears: list[Linear] | None = None) -> lis
     linears = find_linears(model) if linears is None else linears
     found = []
     for node in model.graph:
-        if node.op_type == "GatherBlockQuantized" and _is_constant(node.inputs[0]):
+        if node.op_type == "GatherBlockQuantized" and (_is_constant(node.inputs[0]) or _is_view(node.inputs[0])):
             rows, width = packing.gather_shape(node)
         elif node.op_type == "Gather" and _int(node, "axis") == 0 and _is_float_matrix(node.inputs[0]):
             table = node.inputs[0]
@@ -356,6 +356,12 @@ def _same_bytes(left: ir.Value, right: ir.Value) -> bool:
             return True
         one, two = two, one
     return False
+
+
+def _is_view(value: ir.Value | None) -> bool:
+    """Whether the value is an initializer behind a Reshape: how a tied embedding reads the bytes of the head."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Reshape" and _is_constant(node.inputs[0])
 
 
 def _int(node: ir.Node, name: str) -> int:

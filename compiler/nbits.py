@@ -101,7 +101,10 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
     node, old_weight = linear.node, linear.weight
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    multiply = _matmul_node(linear.activation, stored, accuracy_level, node.name)
+    # Not `linear.activation`: another replacement may have put a new value there.
+    activation = node.inputs[0]
+    assert activation is not None
+    multiply = _matmul_node(activation, stored, accuracy_level, node.name)
     new_nodes = [multiply]
     if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/product")
@@ -113,7 +116,7 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
             old_nodes.insert(0, turned)
     replace(graph, node, old_nodes, new_nodes, [linear.output], [new_nodes[-1].outputs[0]])
     linear.node, linear.holder, linear.weight = multiply, "MatMulNBits", stored.codes
-    linear.output = multiply.outputs[0]
+    linear.activation, linear.output = activation, multiply.outputs[0]
     drop_unused(graph, old_weight)
     return multiply
 

@@ -32,7 +32,7 @@ from onnxpress.compiler.verify import LossMeter, Verifier
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = "int4"
-_MEASURED_TOKENS = 256
+_MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 
 Tell = Callable[[str], None]
@@ -97,7 +97,7 @@ def optimize(
             )
         context.config = dict(source.config)
         before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
-        meter = _meter(source, pipeline, context, stage) if measure else None
+        meter = _meter(source, pipeline, context, stage, verify) if measure else None
         verifier = _verifier(source, context, stage) if verify else None
         watching: list[Observer] = [_Narrator(tell, len(pipeline))]
         watching += [observer for observer in (verifier, meter) if observer is not None]
@@ -197,16 +197,17 @@ def _temporary() -> Path:
     return Path(directory) / "artifact"
 
 
-def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: Stage) -> LossMeter | None:
+def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: Stage, verify: bool) -> LossMeter | None:
     passes = tuple(pipeline)
     if not any(one.promise is Promise.LOSSY for one in passes):
         return None
     if "input_ids" not in {value.name for value in source.model.graph.inputs}:
         return LossMeter(passes, stage.work, about="random inputs")
+    count = _VERIFIED_TOKENS if verify else _MEASURED_TOKENS
     ids, about = sample_tokens(
-        source.files, context.text, count=_MEASURED_TOKENS, vocab_size=_vocab_size(source), seed=context.seed
+        source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
     )
-    return LossMeter(passes, stage.work, ids, about)
+    return LossMeter(passes, stage.work, ids, about, split=verify)
 
 
 def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:

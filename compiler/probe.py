@@ -40,13 +40,13 @@ class Step:
     """One call of a decoder.
 
     Attributes:
-        ids_BS: token ids.
-        mask_BT: 1 for a token, 0 for padding; the cache included.
+        ids: [B, S], token ids.
+        mask: [B, T], 1 for a token, 0 for padding; the cache included.
         cache: arrays by input name; {} for an empty cache.
     """
 
-    ids_BS: npt.NDArray[np.int64]
-    mask_BT: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.int64]
     cache: Mapping[str, Array] = field(default_factory=dict)
 
 
@@ -92,13 +92,13 @@ class Probe:
 
     def decoder_feeds(self, step: Step) -> dict[str, Array]:
         """Inputs of a decoder or text encoder for one step."""
-        (batch, length), total = step.ids_BS.shape, step.mask_BT.shape[1]
-        positions_BT = np.maximum(np.cumsum(step.mask_BT, axis=1) - 1, 0)
+        (batch, length), total = step.ids.shape, step.mask.shape[1]
+        positions_BT = np.maximum(np.cumsum(step.mask, axis=1) - 1, 0)
         known = {
-            "input_ids": step.ids_BS,
-            "attention_mask": step.mask_BT,
+            "input_ids": step.ids,
+            "attention_mask": step.mask,
             "position_ids": positions_BT[:, total - length :],
-            "token_type_ids": np.zeros_like(step.ids_BS),
+            "token_type_ids": np.zeros_like(step.ids),
             "use_cache_branch": np.array([bool(step.cache)]),
         }
         feeds: dict[str, Array] = {}
@@ -129,15 +129,15 @@ class Probe:
 
 def log_softmax(logits_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Natural logarithms of the probabilities along the last axis."""
-    shifted = logits_TV - logits_TV.max(axis=-1, keepdims=True)
+    shifted: npt.NDArray[np.float32] = logits_TV - logits_TV.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
     return shifted
 
 
 def kl_divergence(log_p_TV: npt.NDArray[np.float32], log_q_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """KL(p || q) in nats for each row; never below 0."""
-    kl_T = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(axis=-1, dtype=np.float64)
-    return np.maximum(kl_T, 0.0)
+    kl_T: npt.NDArray[np.float64] = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(axis=-1, dtype=np.float64)
+    return np.maximum(kl_T, 0.0, out=kl_T)
 
 
 def _random(name: str, value: Any, seed: int = 0) -> Array:

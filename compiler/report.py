@@ -118,7 +118,8 @@ def summary_lines(card: Mapping[str, Any]) -> Iterable[str]:
     for row in _rows(card):
         skipped = sum(one["count"] for one in row["skipped"])
         metrics = "  ".join(f"{name}={value:.4g}" for name, value in row["metrics"].items())
-        yield f"  {row['pass']}: {row['changed']} changed, {skipped} skipped, {row['seconds']:.1f} s  {metrics}".rstrip()
+        line = f"  {row['pass']}: {row['changed']} changed, {skipped} skipped, {row['seconds']:.1f} s  {metrics}"
+        yield line.rstrip()
 
 
 def _rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:

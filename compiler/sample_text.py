@@ -17,8 +17,8 @@ def default_text() -> str:
     """English prose that every Python installation has: the language reference behind `help()`."""
     from pydoc_data.topics import topics
 
-    chosen = ("customization", "exceptions", "naming", "objects", "truth", "typesseq", "with", "yield")
-    return "\n\n".join(topics[name] for name in chosen if name in topics)
+    prose = ("customization", "exceptions", "naming", "objects", "truth", "typesseq", "with", "yield")
+    return "\n\n".join(topics[name] for name in (*prose, *sorted(set(topics) - set(prose))) if name in topics)
 
 
 def sample_tokens(

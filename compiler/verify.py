@@ -27,7 +27,7 @@ from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_soft
 
 logger = logging.getLogger(__name__)
 
-# Largest difference that a CLOSE pass may make, relative to the largest value of the output, by the output's float type.
+# Largest difference that a CLOSE pass may make, relative to the largest value of an output, by its float type.
 # A chain of dozens of blocks amplifies what the order of additions changes in one of them.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np.float64): 1e-6}
 
@@ -71,6 +71,7 @@ class LossMeter:
         work_dir: scratch folder for snapshots.
         ids: token ids [1, T] to measure on; None for models without text.
         about: where the ids come from, for the card.
+        split: also run the finished model without rounding activations, to tell that error from the weights'.
         quality: filled by `finish`, for the card.
     """
 
@@ -78,6 +79,7 @@ class LossMeter:
     work_dir: Path
     ids: Ids | None = None
     about: str = ""
+    split: bool = False
     quality: dict[str, Any] = field(default_factory=dict)
     _reference: Outputs | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
@@ -116,19 +118,20 @@ class LossMeter:
             self.quality["tokens"] = tokens
             self.quality["perplexity_before"] = self._perplexity(self._reference["log_probabilities"])
             self.quality["perplexity_after"] = self._perplexity(outputs["log_probabilities"])
-        exact = write_with_exact_activations(path)
-        if exact is not None:
-            try:
-                plain = self._guarded(lambda: self._run(exact, is_float=False))
-            finally:
-                exact.unlink()
-            if plain is not None:
-                self._split(plain)
+        if self.split:
+            self._split(path)
 
-    def _split(self, plain: Outputs) -> None:
-        """Divides the error between weights and activations."""
-        assert self._reference is not None
-        assert self._pending is not None
+    def _split(self, path: Path) -> None:
+        """Divides the error between rounded weights and rounded activations."""
+        exact = write_with_exact_activations(path)
+        if exact is None:
+            return
+        try:
+            plain = self._guarded(lambda: self._run(exact, is_float=False))
+        finally:
+            exact.unlink()
+        if plain is None or self._reference is None or self._pending is None:
+            return
         for name, value in _distance(self._reference, plain).items():
             if name in ("kl", "output_error"):
                 parts = {f"{name}_weights": value, f"{name}_activations": self._metrics[name] - value}
@@ -140,7 +143,7 @@ class LossMeter:
 
     def _run(self, path: Path, *, is_float: bool) -> Outputs:
         # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
-        probe = Probe(path, prepacked=not is_float)
+        probe = Probe(path, optimized=True, prepacked=not is_float)
         if self.ids is None or not probe.is_language_model:
             return probe.run(probe.random_feeds())
         return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
@@ -160,7 +163,7 @@ class LossMeter:
         return float(np.exp(-chosen.mean(dtype=np.float64)))
 
     def _guarded(self, measure: Callable[[], Outputs]) -> Outputs | None:
-        """None, and a word in the card, when the model does not run here: a CUDA artifact may be built without a GPU."""
+        """None, and a word in the card, when the model does not run here: a CUDA artifact may be built without one."""
         try:
             return measure()
         except (UserError, MemoryError, OSError):
@@ -228,7 +231,8 @@ class Verifier:
             ir.save(saved, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
         sites = ", ".join(report.changed[:5]) + (", ..." if len(report.changed) > 5 else "")
         return VerificationError(
-            f"{pass_}: promised {pass_.promise.value} outputs, but {fault}; it changed {len(report.changed)} sites: {sites}",
+            f"{pass_}: promised {pass_.promise.value} outputs, but {fault}; "
+            f"it changed {len(report.changed)} sites: {sites}",
             hint=f"compare before.onnx and after.onnx in {folder} (inputs: seed {self.seed}), and please report it",
         )
 

@@ -71,8 +71,8 @@ def run(job: Job, *, isolate: bool | None = None) -> dict[str, Any]:
     out = Path(job.out)
     with (out / _LOG).open("wb") as log:
         command = [sys.executable, "-m", "onnxpress.models.export", json.dumps(dataclasses.asdict(job))]
-        # Without safe path the child would prefer files of the current directory to installed packages.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # The child must not prefer files of the current directory to installed packages; and needs no network.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             code = child.wait()

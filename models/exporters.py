@@ -53,6 +53,9 @@ def perform(job: Job) -> dict[str, Any]:
             huggingface.save_fast_tokenizer(Path(job.source), out)
         model.eval()
         architecture = type(model).__name__
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            # NOTE: transformers' default attention drops the soft cap without a word (Gemma 2).
+            model.set_attn_implementation("eager")
         with torch.no_grad(), _failures(architecture, job.exporter):
             (export_optimum if job.exporter == "optimum" else export_dynamo)(model, out, opset=job.opset)
     packages = (

@@ -27,8 +27,14 @@ logger = logging.getLogger(__name__)
 
 _VERSIONS = (2, 3)
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
-# Pre-tokenizers that split numbers into digits before anything else, by `tokenizer.ggml.pre`.
+# How byte-level vocabularies cut a text before merging, by `tokenizer.ggml.pre`; transformers cuts all as GPT-2 does.
+_GPT2_LIKE = ("default", "gpt-2")
 _SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+_LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load(
@@ -137,6 +143,7 @@ def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
             ) from error
         huggingface.require_all(str(path), loaded["missing_keys"])
         _save_tokenizer(reader, path, out)
+    _scale_rotary(reader, path, model)
     # Else optimum looks for a tokenizer where the file lies, and writes its own reading of it over ours.
     model.config._name_or_path = str(out)
     _set_special_ids(reader, model)
@@ -152,7 +159,6 @@ def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
 def _save_tokenizer(reader: Any, path: Path, out: Path) -> None:
     """Writes tokenizer.json and its configs; special tokens and templates are those that the file names."""
     import transformers
-    from tokenizers import decoders, pre_tokenizers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -169,33 +175,45 @@ def _save_tokenizer(reader: Any, path: Path, out: Path) -> None:
             setattr(tokenizer, f"{kind}_token", tokens.contents(int(index)))
     backend = tokenizer.backend_tokenizer
     is_byte_level = _metadata(reader, "tokenizer.ggml.model", "") == "gpt2"
-    if is_byte_level and _metadata(reader, "tokenizer.ggml.pre", "") in _SPLITS_DIGITS:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    kind = _metadata(reader, "tokenizer.ggml.pre", "default")
     if is_byte_level:
-        # What transformers builds for llama also turns a literal "▁" of the text into a space.
-        backend.decoder = decoders.ByteLevel()
-    adds = {kind: bool(_metadata(reader, f"tokenizer.ggml.add_{kind}_token", None)) for kind in ("bos", "eos")}
-    if _metadata(reader, "tokenizer.ggml.add_bos_token", None) is None and not is_byte_level:
-        adds["bos"] = True  # llama.cpp's own default for sentencepiece vocabularies
+        _cut_like(kind, backend)
+    adds = {end: _metadata(reader, f"tokenizer.ggml.add_{end}_token", None) for end in ("bos", "eos")}
+    if adds["bos"] is None:  # llama.cpp's defaults: sentencepiece vocabularies and Llama 3
+        adds["bos"] = not is_byte_level or kind in _LLAMA3_LIKE
     backend.post_processor = _post_processor(tokenizer, adds)
-    tokenizer.init_kwargs |= {f"add_{kind}_token": value for kind, value in adds.items()}
-    tokenizer._add_bos_token, tokenizer._add_eos_token = adds["bos"], adds["eos"]
+    tokenizer.init_kwargs |= {f"add_{end}_token": bool(wanted) for end, wanted in adds.items()}
     tokenizer.save_pretrained(out)
 
 
-def _post_processor(tokenizer: Any, adds: dict[str, bool]) -> Any:
+def _cut_like(kind: str, backend: Any) -> None:
+    """Corrects the parts of a byte-level tokenizer that transformers builds alike for every vocabulary."""
+    import tokenizers
+    from tokenizers import pre_tokenizers
+
+    if kind in _SPLITS_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    elif kind in _LLAMA3_LIKE:
+        split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+        backend.model.ignore_merges = True
+    elif kind not in _GPT2_LIKE and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        logger.warning("pre-tokenizer %r is not known; texts are cut as for GPT-2, token counts may differ", kind)
+    # Its decoder for llama has sentencepiece steps, which turn a literal "▁" into a space and which genai refuses.
+    backend.decoder = tokenizers.decoders.ByteLevel()
+
+
+def _post_processor(tokenizer: Any, adds: dict[str, Any]) -> Any:
     """Puts the begin and end tokens around a text where the file asks for it."""
     import tokenizers
 
-    pieces = {kind: getattr(tokenizer, f"{kind}_token") if wanted else None for kind, wanted in adds.items()}
+    pieces = {end: getattr(tokenizer, f"{end}_token") if wanted else None for end, wanted in adds.items()}
     single = [piece for piece in (pieces["bos"], "$A", pieces["eos"]) if piece]
     pair = [*single, *(f"{piece}:1" for piece in (pieces["bos"], "$B", pieces["eos"]) if piece)]
-    special = [(piece, tokenizer.convert_tokens_to_ids(piece)) for piece in set(pieces.values()) if piece]
-    template = tokenizers.processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
-    if not isinstance(tokenizer.backend_tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.PreTokenizer):
-        return template
-    return tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=False), template])
+    special = [(piece, tokenizer.convert_tokens_to_ids(piece)) for piece in {*pieces.values()} if piece]
+    return tokenizers.processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 
 def _set_special_ids(reader: Any, model: Any) -> None:
@@ -211,6 +229,31 @@ def _set_special_ids(reader: Any, model: Any) -> None:
         setattr(model.config, f"{kind}_token_id", int(index))
         stops = sorted({int(index), int(turn)}) if kind == "eos" and turn is not None else int(index)
         setattr(model.generation_config, f"{kind}_token_id", stops[0] if stops == [int(index)] else stops)
+
+
+def _scale_rotary(reader: Any, path: Path, model: Any) -> None:
+    """Applies the stretched rotary frequencies of the file (Llama 3.1, linear scaling); transformers ignores them.
+
+    Raises:
+        UnsupportedModelError: they are stretched in a way that depends on the length of the text.
+    """
+    import torch
+
+    architecture = _metadata(reader, "general.architecture", "")
+    kind = _metadata(reader, f"{architecture}.rope.scaling.type", "none")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if kind not in ("none", "linear") or any(name.startswith("rope_factors_") for name in tensors):
+        raise UnsupportedModelError(
+            f"{path}: rotary scaling {kind!r} cannot be read from GGUF", hint="convert the original checkpoint instead"
+        )
+    divisor = torch.tensor(1.0)
+    if "rope_freqs.weight" in tensors:
+        divisor = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+    elif kind == "linear":
+        divisor = torch.tensor(float(_metadata(reader, f"{architecture}.rope.scaling.factor", 1.0)))
+    for module in model.modules():
+        if isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = frequencies / divisor
 
 
 def _metadata(reader: Any, key: str, default: Any) -> Any:

@@ -160,7 +160,8 @@ def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64]) -> Fl
     """Logits `[S, V]` of one window; views of a buffer of the session."""
     rows = max(1, _WINDOW_LOGITS_BYTES // (session.vocab_size * 4))
     if len(window) <= rows:
-        return session.run_logits(window[None])[0]
+        logits: Floats = session.run_logits(window[None])[0]
+        return logits
     decoding = session.begin(1, len(window))
     pieces = [np.array(decoding.forward(window[None, at : at + rows])[0]) for at in range(0, len(window), rows)]
     return np.concatenate(pieces)
@@ -168,7 +169,7 @@ def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64]) -> Fl
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per position `[T]`: log likelihoods of the token that came, KL(reference || model), whether the top token agrees."""
+    """Per position `[T]`: log likelihood of the token that came, KL(reference || model), best one equal."""
 
     log_likelihood: Doubles
     reference_log_likelihood: Doubles
@@ -211,7 +212,8 @@ def _pieces(logits_TV: Floats) -> list[slice]:
 def _log_sum_exp(logits_TV: Floats) -> Doubles:
     top = logits_TV.max(axis=1)
     sums: Doubles = np.exp(logits_TV - top[:, None]).sum(axis=1, dtype=np.float64)
-    return np.log(sums) + top
+    result: Doubles = np.log(sums) + top
+    return result
 
 
 def _describe(

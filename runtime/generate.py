@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxpress.compiler.errors import OptionError
 from onnxpress.runtime.sampling import GenerationOptions, Sampler, StopMatcher
-from onnxpress.runtime.session import Decoding, DecoderSession
+from onnxpress.runtime.session import DecoderSession, Decoding
 from onnxpress.runtime.tokenizer import Tokenizer
 
 _CACHE_STEP = 1024  # a cache has room for a multiple of so many tokens, so that a chat seldom outgrows it
@@ -135,9 +135,7 @@ class Generator:
             )
         limit = self.session.context_length
         if limit is not None and len(ids) >= limit:
-            raise OptionError(
-                f"prompt: expected fewer than {limit} tokens, got {len(ids)}", hint="shorten the prompt"
-            )
+            raise OptionError(f"prompt: expected fewer than {limit} tokens, got {len(ids)}", hint="shorten the prompt")
         if options.stop and self.tokenizer is None:
             raise OptionError("stop: stop strings need a tokenizer, the model directory has none")
         return ids
@@ -225,9 +223,7 @@ class Generator:
         finally:
             tokens.close()  # type: ignore[attr-defined]
 
-    def _run_batch(
-        self, prompts: list[list[int]], numbers: list[int], options: GenerationOptions
-    ) -> list[Generation]:
+    def _run_batch(self, prompts: list[list[int]], numbers: list[int], options: GenerationOptions) -> list[Generation]:
         batch, longest = len(prompts), max(map(len, prompts))
         new, length = self._room(longest, options.max_new_tokens)
         pad = self.session.config.pad_token_id or 0

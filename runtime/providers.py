@@ -137,8 +137,8 @@ def _quiet_options() -> Any:
 def _ort_errors() -> tuple[type[Exception], ...]:
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
-    names += ("NotImplemented", "RuntimeException", "EngineError")
+    names = ["EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile"]
+    names += ["NotImplemented", "RuntimeException", "EngineError"]
     found = [getattr(state, name) for name in names if hasattr(state, name)]
     return (*found, RuntimeError, ValueError)
 
@@ -147,7 +147,9 @@ ORT_ERRORS = _ort_errors()
 
 
 def _probe_model() -> bytes:
-    model = ir.from_onnx_text('<ir_version: 10, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Add(x, x) }')
+    model = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Add(x, x) }'
+    )
     return bytes(ir.to_proto(model).SerializeToString())
 
 

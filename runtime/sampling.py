@@ -110,9 +110,7 @@ def _not_numbers() -> BadModelFileError:
     )
 
 
-def penalized(
-    logits_V: npt.NDArray[np.float32], seen: Sequence[int], penalty: float
-) -> npt.NDArray[np.float32]:
+def penalized(logits_V: npt.NDArray[np.float32], seen: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
     """A copy of the logits in which those of `seen` tokens are divided by the penalty, or multiplied if negative."""
     scores_V = logits_V.copy()
     index = np.fromiter(seen, np.int64, len(seen))

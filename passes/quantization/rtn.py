@@ -89,7 +89,8 @@ def round_blocks(
         loss = np.where(worse, loss, searched_loss)
         np.copyto(steps, searched, where=~worse[:, None])
     codes = np.empty(steps.shape, np.uint8)
-    np.add(steps, zero[:, None], out=codes, casting="unsafe")
+    with np.errstate(invalid="ignore"):  # of weights that are not finite; the caller sees it in the loss
+        np.add(steps, zero[:, None], out=codes, casting="unsafe")
     return codes, best.astype(scale_dtype), None if symmetric else zero.astype(np.uint8), loss
 
 

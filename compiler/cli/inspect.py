@@ -1,0 +1,110 @@
+"""`onnxpress inspect`: what a model is and where its bytes are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxpress.compiler.cli.common import Json, ModelArgument, Quiet, emit, escape, number, size, table, working
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onnxpress.compiler.inspect import Summary
+
+_MAX_NAMES = 6  # inputs or outputs listed in full
+
+
+def inspect(
+    path: ModelArgument,
+    blocks: Annotated[bool, typer.Option("--blocks", help="One row for each block.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show architecture, blocks, parameters, bytes, operators, the cost of a token. Checkpoints are exported first."""
+    import tempfile
+    from pathlib import Path
+
+    from onnxpress import models
+    from onnxpress.compiler.inspect import summarize
+
+    with tempfile.TemporaryDirectory(prefix="onnxpress-") as work, working(quiet=quiet or as_json) as progress:
+        source = models.load(path, work_dir=Path(work), progress=progress.tell)
+        summary = summarize(source.model, config=source.config, provenance=_provenance(source.provenance))
+    emit(
+        {"path": path, **summary.to_json()},
+        as_json=as_json,
+        quiet=quiet,
+        show=lambda console: _show(console, path, summary, blocks),
+    )
+
+
+def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
+    """Where the model comes from; of an artifact's card only what is about its making."""
+    card = facts.get("artifact")
+    if not isinstance(card, dict):
+        return facts
+    kept = ("name", "pipeline", "history", "target", "recipe", "quality", "source", "versions", "requires", "created")
+    return {**facts, "artifact": {key: card[key] for key in kept if key in card}}
+
+
+def _show(console: Console, path: str, summary: Summary, with_blocks: bool) -> None:
+    made_by = summary.provenance.get("onnxpress.pipeline")
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in summary.opset_imports.items())
+    facts = [
+        ("architecture", summary.architecture),
+        ("blocks", str(len(summary.blocks))),
+        ("nodes", f"{summary.nodes:,}"),
+        ("parameters", number(summary.parameters)),
+        ("weights", f"{size(summary.bytes)}, {summary.bits_per_weight:.2f} bits per weight"),
+        ("one token", f"{number(summary.flops_per_token)} operations, reads {size(summary.bytes_per_token)}"),
+        (
+            "cached token",
+            f"{number(summary.flops_per_cached_token)} operations, keeps {size(summary.cache_bytes_per_token)}",
+        ),
+        ("opset", f"{opsets}; IR {summary.ir_version}"),
+        ("producer", summary.provenance.get("producer") or "unknown"),
+        ("pipeline", made_by or "not written by onnxpress"),
+    ]
+    for name, value in facts:
+        console.print(f"{name:<13} {escape(value)}")
+    for name, values in (("inputs", summary.inputs), ("outputs", summary.outputs)):
+        listed = list(values.items())
+        shown = listed if len(listed) <= _MAX_NAMES else listed[:_MAX_NAMES]
+        console.print(f"{name:<13} {escape('; '.join(f'{key} {kind}' for key, kind in shown))}", end="")
+        console.print(f"; and {len(listed) - len(shown)} more" if len(listed) > len(shown) else "")
+    rows = [
+        (
+            name,
+            ", ".join(f"{holder} x{count}" for holder, count in kind.holders.items()),
+            kind.count,
+            " x ".join(map(str, kind.shape)) if kind.shape else "",
+            number(kind.parameters) if kind.parameters else "shared",
+            size(kind.bytes) if kind.bytes else "",
+            f"{kind.bits_per_weight:.2f}" if kind.bytes else "",
+        )
+        for name, kind in summary.kinds.items()
+    ]
+    columns = ("kind", "held by", "count", "N x K", "parameters", "bytes", "bits")
+    console.print(table("weights by kind", columns, rows, left=2))
+    if with_blocks:
+        console.print(
+            table(
+                "blocks",
+                ("block", "nodes", "attention", "parameters", "bytes", "bits"),
+                [
+                    (
+                        block.index,
+                        block.nodes,
+                        "yes" if block.has_attention else "no",
+                        number(block.parameters),
+                        size(block.bytes),
+                        f"{block.bits_per_weight:.2f}",
+                    )
+                    for block in summary.blocks
+                ],
+            )
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in summary.operators.items())
+    console.print(f"operators: {escape(counts)}")

@@ -1,0 +1,118 @@
+"""`onnxpress optimize`: a model through a pipeline into an artifact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxpress.compiler.cli.common import Json, ModelArgument, Quiet, emit, escape, size, table, working
+from onnxpress.compiler.cli.export import Exporter, Opset, Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def optimize(
+    model: ModelArgument,
+    output: Output,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A named pipeline, see `onnxpress recipes`.", show_default="int4"),
+    ] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help='A pipeline, such as "fuse, rtn(bits=4)"; instead of a recipe.'),
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="cpu|cuda", help="What the artifact is built for.")] = "cpu",
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text for passes that look at activations.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare outputs before and after every pass that promises the same.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure what lossy passes cost, in KL divergence.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    exporter: Exporter = "optimum",
+    opset: Opset = 18,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run passes over MODEL and write an artifact that ONNX Runtime, onnxruntime-genai and optimum load."""
+    from onnxpress.compiler.optimize import optimize as run_optimize
+
+    with working(quiet=quiet or as_json) as progress:
+        artifact = run_optimize(
+            model,
+            output=output,
+            recipe=recipe,
+            passes=passes,
+            target=target,
+            calibration=calibration,
+            verify=verify,
+            measure=measure,
+            seed=seed,
+            exporter=exporter,
+            opset=opset,
+            track=progress.track,
+            tell=progress.tell,
+        )
+    card = artifact.report
+
+    def show(console: Console) -> None:
+        show_card(console, card)
+        console.print(f"written to {escape(str(artifact))}")
+
+    emit({"directory": str(artifact.directory), **card}, as_json=as_json, quiet=quiet, show=show)
+
+
+def show_card(console: Console, card: dict[str, Any]) -> None:
+    """The card of an artifact for people."""
+    rows = []
+    for row in card["passes"]:
+        skipped = sum(one["count"] for one in row["skipped"])
+        kl = row["metrics"].get("kl_added")
+        rows.append(
+            (
+                escape(row["pass"]),
+                row["promise"],
+                row["changed"],
+                skipped or "",
+                f"{row['seconds']:.2f}",
+                size(row["bytes_after"]),
+                "" if kl is None else f"{kl:.4f}",
+            )
+        )
+    if rows:
+        columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", "KL")
+        console.print(table(escape(str(card["name"])), columns, rows, left=2))
+    for row in card["passes"]:
+        for skip in row["skipped"]:
+            console.print(f"{escape(row['pass'])} skipped {skip['count']}: {escape(skip['reason'])}")
+    before, after = card["size"]["bytes_before"], card["size"]["bytes_after"]
+    nodes = f"{card['size']['nodes_before']:,} -> {card['size']['nodes_after']:,} nodes"
+    console.print(f"{size(before)} -> {size(after)} of weights, {nodes}")
+    if line := _quality(card["quality"]):
+        console.print(line)
+    if verified := card.get("verified"):
+        worst = max(one["largest_difference"] for one in verified)
+        console.print(f"verified {len(verified)} passes: outputs within {worst:.1e} of their largest value")
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    if "not_measured" in quality and "kl" not in quality:
+        return f"loss not measured: {escape(str(quality['not_measured']))}"
+    parts = []
+    if "kl" in quality:
+        parts.append(f"KL divergence {quality['kl']:.4f} nats per token")
+    if "kl_weights" in quality:
+        parts.append(f"of it weights {quality['kl_weights']:.4f} and activations {quality['kl_activations']:.4f}")
+    if "output_error" in quality:
+        parts.append(f"relative output error {quality['output_error']:.2e}")
+    if "top1_agreement" in quality:
+        parts.append(f"top-1 agreement {quality['top1_agreement']:.1%}")
+    if "perplexity_before" in quality:
+        parts.append(f"perplexity {quality['perplexity_before']:.2f} -> {quality['perplexity_after']:.2f}")
+    return ", ".join(parts) + f" (on {quality['measured_on']})" if parts else ""

@@ -1,0 +1,193 @@
+"""Small random models of every architecture, for tests and for trying a pass in a second. Imports torch when called.
+
+They are small, not degenerate: real ratios of query to key-value heads, sizes that every kernel accepts (head size a
+multiple of 8, widths a multiple of 32), norm weights and biases that are not all ones and zeros, logits that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onnxpress.compiler.errors import UnsupportedModelError, near_miss
+
+BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+_SPECIAL = (PAD, BOS, EOS)  # ids 0, 1, 2; then one token per byte
+VOCABULARY = 320  # 3 special tokens, 256 bytes, the rest unused, as real vocabularies are padded
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_names() -> list[str]:
+    """The architectures that `tiny` builds, sorted."""
+    return sorted(_BUILDERS)
+
+
+def tiny(architecture: str, *, seed: int = 0, num_layers: int = 2, hidden_size: int = 64, **overrides: Any) -> Any:
+    """A random transformers model in float32, in evaluation mode.
+
+    Args:
+        architecture: one of `tiny_names()`.
+        seed: of the weights; the caller's random state is left as it was.
+        num_layers: blocks of a transformer; layers per stage of a ResNet.
+        hidden_size: width, a multiple of 32; decoders have 4 query heads and 2 key-value heads of hidden_size / 4.
+        overrides: fields of the architecture's config, e.g. `tie_word_embeddings=True`.
+
+    Raises:
+        UnsupportedModelError: no such architecture.
+    """
+    if architecture not in _BUILDERS:
+        raise UnsupportedModelError(
+            f"there is no tiny model of {architecture!r}", hint=near_miss(architecture, _BUILDERS)
+        )
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _BUILDERS[architecture](num_layers, hidden_size, overrides)
+        with torch.no_grad():
+            # Norm weights of exactly one and biases of exactly zero would hide a pass that loses them.
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+                assert torch.isfinite(parameter).all(), name
+            for name, buffer in model.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer += 0.1 * torch.rand_like(buffer)
+    return model.eval()
+
+
+def save_tiny(architecture: str, directory: Path, **options: Any) -> Path:
+    """Writes `tiny(architecture, **options)` as a Hugging Face directory, text models with a byte-level tokenizer.
+
+    Args:
+        architecture: one of `tiny_names()`.
+        directory: made if need be.
+        options: those of `tiny`.
+
+    Returns:
+        The directory.
+    """
+    model = tiny(architecture, **options)
+    model.save_pretrained(directory, safe_serialization=True)
+    if architecture not in _VISION:
+        save_byte_tokenizer(directory)
+    return directory
+
+
+def save_byte_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer of one token per byte, with the special tokens and chat template of ChatML."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*_SPECIAL, *alphabet])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=None))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=128,
+    )
+    tokenizer.save_pretrained(directory)
+
+
+def _text_fields(layers: int, hidden: int) -> dict[str, Any]:
+    """Config fields that all transformers of text share."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 128,
+        "initializer_range": 1.0 / hidden**0.5,  # keeps the size of activations, so that errors travel to the logits
+        "bos_token_id": _SPECIAL.index(BOS),
+        "eos_token_id": _SPECIAL.index(EOS),
+        "pad_token_id": _SPECIAL.index(PAD),
+    }
+
+
+def _decoder(prefix: str, **own: Any) -> Callable[[int, int, dict[str, Any]], Any]:
+    """A builder for `<prefix>ForCausalLM` with grouped-query attention and the config fields in `own`."""
+
+    def build(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+        import transformers
+
+        fields = {**_text_fields(layers, hidden), "num_key_value_heads": 2, "head_dim": hidden // 4, **own, **overrides}
+        config = getattr(transformers, f"{prefix}Config")(**fields)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+        if getattr(config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # the default one drops the soft cap
+        return model
+
+    return build
+
+
+def _gpt2(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    fields = _text_fields(layers, hidden)
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+    }
+    config = transformers.GPT2Config(**{names.get(key, key): value for key, value in fields.items()} | overrides)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _bert(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_text_fields(layers, hidden) | overrides))
+
+
+def _vit(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    text = _text_fields(layers, hidden)
+    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "initializer_range")
+    fields = {**{key: text[key] for key in shared}, "image_size": 32, "patch_size": 8, "num_labels": 10}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**fields | overrides))
+
+
+def _resnet(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    fields = {
+        "embedding_size": hidden // 2,
+        "hidden_sizes": [hidden // 2, hidden],
+        "depths": [layers, layers],
+        "layer_type": "basic",
+        "num_labels": 10,
+    }
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**fields | overrides))
+
+
+_VISION = ("resnet", "vit")
+_BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
+    "bert": _bert,
+    # The scale is no power of the head size, as in Gemma 2 27B: a fusion that drops it is caught.
+    "gemma2": _decoder("Gemma2", query_pre_attn_scalar=24, sliding_window=16),
+    "gpt2": _gpt2,
+    "llama": _decoder("Llama"),
+    # A window longer than the test sequences would be the same as none.
+    "mistral": _decoder("Mistral", sliding_window=16),
+    "phi3": _decoder("Phi3"),
+    "qwen2": _decoder("Qwen2"),
+    "qwen3": _decoder("Qwen3"),
+    "resnet": _resnet,
+    "vit": _vit,
+}
