@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,9 +128,10 @@ def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Arr
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data")
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     given = {"input_ids": np.random.default_rng(0).integers(0, 96, (2, 5))} if feeds is None else feeds
     names = [one.name for one in session.get_outputs()]
     wanted = {one.name for one in session.get_inputs()}

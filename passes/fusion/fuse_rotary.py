@@ -148,7 +148,7 @@ class _Caches:
         for leaf in reversed(extra):
             _ask_batch_of_one(table.graph, leaf)
         self._feed_all_positions(table)
-        optimizer.optimize(table, output_size_limit=1024)  # folds what is about shapes, not the table itself
+        optimizer.optimize(table, output_size_limit=256)  # folds what is about shapes, not the table itself
         return self._splice(table, name)
 
     def _opset(self) -> int:
