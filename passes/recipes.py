@@ -11,6 +11,7 @@ from onnxpress.passes.fusion.fuse_rotary import FuseRotary
 from onnxpress.passes.fusion.fuse_skip_rmsnorm import FuseSkipRmsnorm
 from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
 from onnxpress.passes.fusion.pack_qkv import PackQkv
+from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.rtn import Rtn
 
 __all__ = ["fp32", "fuse", "int4", "int4_small", "int8"]
@@ -27,11 +28,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseSwiglu(),
         PackQkv(),
     )
-    if target.provider == "cuda":
-        from onnxpress.passes.quantization.cast_float16 import CastFloat16
-
-        return (*fused, CastFloat16())
-    return fused
+    return (*fused, CastFloat16()) if target.provider == "cuda" else fused
 
 
 def fp32(target: Target) -> tuple[Pass, ...]:

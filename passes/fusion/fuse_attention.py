@@ -25,6 +25,8 @@ from onnxpress.compiler.fusing import Fuser, constant, other, producer, split_sc
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, first_line, random_feed, run
 
+# Added to the scores of padding: far below any score, and finite in float16 (a row of -inf would give NaN).
+_HIDDEN = -30000.0
 # Operators that move or repeat data without changing a number.
 _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
 
@@ -433,15 +435,14 @@ class _Builder:
         return self.lengths[id(mask)]
 
     def _bias(self, made: _Chain, mask: ir.Value, floats: ir.Value) -> ir.Value:
-        """[B, 1, S, T]: 0 for visible tokens, the most negative number for padding."""
+        """[B, 1, S, T]: 0 for visible tokens, `_HIDDEN` for padding."""
         ids = next((one for one in self.graph.inputs if one.name in ("input_ids", "inputs_embeds")), None)
         if ids is None:
             raise NotCuttable("no input_ids to take the sequence length from")
         dtype = self.fuser.model.graph.inputs[0].dtype
         dtype = next((one.dtype for one in self.graph.inputs if _rank(one) == 4 and one.dtype is not None), dtype)
-        lowest = float(np.finfo(np.float16 if dtype == ir.DataType.FLOAT16 else np.float32).min)
         hidden = made.node("Sub", [made.const(np.array(1, np.float32), "one_float"), floats])
-        scaled = made.node("Mul", [hidden, made.const(np.array(lowest, np.float32), f"lowest_{lowest:.0e}")])
+        scaled = made.node("Mul", [hidden, made.const(np.array(_HIDDEN, np.float32), "hidden")])
         if dtype not in (ir.DataType.FLOAT, None):
             scaled = made.node("Cast", [scaled], to=dtype)
         rows = made.node("Unsqueeze", [scaled, made.const(np.array([1, 2], np.int64), "axes")])

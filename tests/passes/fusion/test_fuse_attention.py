@@ -51,7 +51,9 @@ def conversation(model: ir.Model, batch: int, padding: int) -> Iterator[Feeds]:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -length:]
         ids = rng.integers(3, 200, (batch, length))
         outputs = yield {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
-        caches = {name.replace("present", "past_key_values"): array for name, array in outputs.items() if "present" in name}
+        caches = {
+            name.replace("present", "past_key_values"): array for name, array in outputs.items() if "present" in name
+        }
 
 
 def logits(model: ir.Model, batch: int, padding: int) -> list[np.ndarray]:
@@ -123,7 +125,10 @@ MUTATIONS = {
     "scale dropped": ("llama", lambda found: setattr(found, "scale", found.scale * 1.5)),
     "softcap dropped": ("gemma2", lambda found: setattr(found, "softcap", 0.0)),
     "rotary dropped": ("llama", lambda found: setattr(found, "cos", None)),
-    "operands swapped": ("llama", lambda found: (lambda k: (setattr(found, "k", found.v), setattr(found, "v", k)))(found.k)),
+    "operands swapped": (
+        "llama",
+        lambda found: (lambda k: (setattr(found, "k", found.v), setattr(found, "v", k)))(found.k),
+    ),
 }
 
 
