@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m onnxpress demo --output $(OUT)
+	$(BIN)/python benchmarks/demo.py --output $(OUT)
 
 test: $(STAMP)
 	$(BIN)/ruff check .

@@ -62,8 +62,11 @@ def load_onnx(path: Path) -> ir.Model:
         raise
     # What a hostile or broken graph makes onnx_ir raise is not a closed list: SerdeError, KeyError, ValueError, ...
     except Exception as error:
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadModelFileError(f"{path}: the graph is not well-formed: {cause[0]}", hint=_check_hint(path)) from error
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:  # onnx_ir wraps once per nesting; the innermost knows
+            cause = inner
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise BadModelFileError(f"{path}: the graph is not well-formed: {reason}", hint=_check_hint(path)) from error
     logger.debug("%s: opset %s, %d nodes", path, model.opset_imports, model.graph.num_nodes())
     return model
 

@@ -178,6 +178,7 @@ def _drop(model: ir.Model, index: int) -> set[str]:
     block = blocks[index]
     inside = {id(node) for node in block.nodes}
     living = [value for value in graph.inputs if _is_cache(value) and _reaches_output(value)]
+    _forget_removed_readers(block)
     _bypass(graph, block, inside)
     presents = [value for value in graph.outputs if _is_cache(value) and id(value.producer()) in inside]
     for value in presents:
@@ -281,6 +282,15 @@ def _borrow_shapes(block: Block, neighbour: Block) -> bool:
                     reader.replace_input_with(index, counterpart)
                     changed = True
     return changed
+
+
+def _forget_removed_readers(block: Block) -> None:
+    """Cuts the ties to nodes that are no longer in the graph: they would keep the block's nodes in use."""
+    for node in block.nodes:
+        for value in node.outputs:
+            for reader, index in list(value.uses()):
+                if reader.graph is None:
+                    reader.replace_input_with(index, None)
 
 
 def _substitute(value: ir.Value, kept: Sequence[ir.Value]) -> ir.Value:
