@@ -124,6 +124,10 @@ class Checkpoint:
 
         def make(target: Path) -> None:
             run(genai_builder(python, checkpoint, target), "onnxruntime-genai's builder")
+            # The transformers that the builder needs rebuilds the tokenizer of a checkpoint that came from a GGUF, and
+            # the result splits text differently. The weights are what is compared: they get the checkpoint's own.
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(checkpoint / name, target / name)
 
         return self._once("genai-int4-b32", "onnxruntime-genai's builder makes its int4 model", make)
 

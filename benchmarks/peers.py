@@ -33,7 +33,7 @@ from client import HERE, Worker
 from rich.console import Console
 from rich.table import Table
 from terminal import BenchmarkError, say
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
 
 PARTS = ("speed", "quality", "convert")
 ZOO_NAME = "smollm2-135m"
@@ -132,12 +132,20 @@ def run_speed(systems: Systems) -> dict[str, Any]:
 def run_quality(systems: Systems) -> dict[str, Any]:
     options = systems.options
     table: dict[str, Any] = {}
+    ids: list[int] = []
     for name, path in systems.models.items():
-        if path.suffix != ".gguf":
-            table[name] = quality.of_onnx(name, path, options.text, tokens=options.eval_tokens, context=EVAL_CONTEXT)
+        if path.suffix == ".gguf":
+            continue
+        table[name] = quality.of_onnx(name, path, options.text, tokens=options.eval_tokens, context=EVAL_CONTEXT)
+        detokenized = table[name]["detokenized"]
+        seen = quality.token_ids(path, options.text, detokenized=detokenized, tokens=options.eval_tokens)
+        if ids and seen != ids:
+            raise BenchmarkError(
+                f"{name}: expected the token ids that {next(iter(table))} has for the text, got others",
+                hint=f"the tokenizer in {path} splits text differently; perplexities would not compare",
+            )
+        ids = seen
     if "llama" in systems.pythons:
-        text = options.text.read_text(encoding="utf-8")
-        ids = systems.tokenizer().encode(text, add_special_tokens=False).ids[: options.eval_tokens]
         # The F16 file is the source itself: its perplexity shows that both sides measure the same thing.
         for kind in (LLAMA_KIND, "F16"):
             path = systems.gguf(kind)
@@ -151,16 +159,19 @@ def run_convert(systems: Systems) -> dict[str, Any]:
         raise BenchmarkError("convert: expected the peer genai, got --peers llama", hint="add genai to --peers")
     python, checkpoint = systems.pythons["genai"], systems.hugging_face
     graph = systems.options.onnx or systems.checkpoint.exported(checkpoint)
+    ours = onnxpress("optimize", graph, "--recipe", RECIPE, "--quiet")
     with tempfile.TemporaryDirectory(prefix="convert-", dir=systems.checkpoint.folder) as scratch:
         return conversion.compare(
             converters={
-                "onnxpress": lambda output: onnxpress("optimize", graph, "-o", output, "--recipe", RECIPE, "--quiet"),
+                "onnxpress": lambda output: [*ours, "-o", str(output)],
+                "onnxpress --no-measure": lambda output: [*ours, "-o", str(output), "--no-measure"],
                 environments.GENAI.title: lambda output: genai_builder(python, checkpoint, output),
             },
             starts={
                 "onnxpress": onnxpress("--help"),
                 environments.GENAI.title: [str(python), "-c", "import onnxruntime_genai.models.builder"],
             },
+            baseline=environments.GENAI.title,
             inputs=[graph, checkpoint],
             scratch=Path(scratch),
             rounds=systems.options.convert_rounds,
@@ -216,18 +227,21 @@ def show_quality(console: Console, result: dict[str, Any]) -> None:
 def show_convert(console: Console, result: dict[str, Any], options: argparse.Namespace) -> None:
     table = Table(
         title=f"Conversion to int4: whole process, medians of {options.convert_rounds} runs in turns",
-        caption="start: the same program started for nothing, which is its imports",
+        caption=(
+            f"ratio: wall time to {environments.GENAI.title}'s, median within a round; start: the program started for "
+            "nothing; MB: what it wrote"
+        ),
     )
-    _columns(table, "program", "wall s", "CPU s", "peak MB", "start s", "start MB", "model MB")
+    _columns(table, "program", "wall s", "ratio", "CPU s", "peak MB", "start s", "MB")
     for name, entry in result.items():
         middle, start = entry["median"], entry["start"]
         table.add_row(
             name,
             f"{middle['wall_s']:.1f}",
+            f"{entry['ratio']['wall_s']:.2f}",
             f"{middle['cpu_s']:.1f}",
             f"{middle['peak_rss_bytes'] / 1e6:.0f}",
             f"{start['wall_s']:.1f}",
-            f"{start['peak_rss_bytes'] / 1e6:.0f}",
             f"{entry['bytes'] / 1e6:.1f}",
         )
     console.print(table)

@@ -78,7 +78,7 @@ def noise(table: dict[str, Any]) -> str | None:
         return None
     return (
         f"not a quiet machine: in {noisy} of {len(shares)} turns other processes took more than {_NOISY:.0%} of the "
-        f"processors (worst {max(shares):.0%}); compare ratios, and better run again"
+        f"processors (worst {max(shares):.0%}). Engines suffer differently, so not even the ratios count: run again"
     )
 
 

@@ -71,12 +71,6 @@ def find_cache(model: ir.Model) -> Cache | None:
     )
 
 
-def is_decoder(model: ir.Model) -> bool:
-    """Whether `model` reads token ids and a cache, and gives logits."""
-    inputs, outputs = {value.name for value in model.graph.inputs}, {value.name for value in model.graph.outputs}
-    return "input_ids" in inputs and "logits" in outputs and find_cache(model) is not None
-
-
 def genai_config(
     model: ir.Model, config: Mapping[str, Any], generation_config: Mapping[str, Any], target: Target
 ) -> dict[str, Any] | None:

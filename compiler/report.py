@@ -11,7 +11,6 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -105,26 +104,6 @@ def peak_memory_bytes() -> int:
     """Largest resident size of this process so far, file-backed pages included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def lossy_rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a card's passes that lose something."""
-    return [row for row in _rows(card) if row.get("promise") == "lossy"]
-
-
-def summary_lines(card: Mapping[str, Any]) -> Iterable[str]:
-    """A card in a few plain lines, for logs and for people without a terminal."""
-    yield f"{card.get('name', '?')} -> {card.get('pipeline') or 'no passes'}"
-    for row in _rows(card):
-        skipped = sum(one["count"] for one in row["skipped"])
-        metrics = "  ".join(f"{name}={value:.4g}" for name, value in row["metrics"].items())
-        line = f"  {row['pass']}: {row['changed']} changed, {skipped} skipped, {row['seconds']:.1f} s  {metrics}"
-        yield line.rstrip()
-
-
-def _rows(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = card.get("passes")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _processor() -> str:

@@ -10,14 +10,13 @@ import collections
 import contextlib
 import functools
 import logging
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
+from onnxpress.compiler.errors import UnsupportedModelError
 from onnxpress.models import directory as directories
-from onnxpress.models import export, huggingface
+from onnxpress.models import export, gguf_file, huggingface
 from onnxpress.models.source import Source
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSIONS = (2, 3)
-_HEADER = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
 # How byte-level vocabularies cut a text before merging, by `tokenizer.ggml.pre`; transformers cuts all as GPT-2 does.
 _GPT2_LIKE = ("default", "gpt-2")
 _SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r")
@@ -46,62 +43,12 @@ def load(
         BadModelFileError: the file is no GGUF, of another byte order or version, or truncated.
         UnsupportedModelError: an architecture that transformers or the exporter does not know.
     """
-    check_header(path)
+    gguf_file.check(path)
     tell(f"dequantizing {path.name} and exporting it with {exporter}")
     out = export.make_out(work_dir)
     facts = export.run(export.Job("gguf", str(path.absolute()), str(out), exporter, opset))
     provenance = {"format": "gguf", **facts, "files": directories.hashes([path])}
     return directories.onnx_source(out / "model.onnx", name=name, kind="gguf", beside=(out,), provenance=provenance)
-
-
-def check_header(path: Path) -> None:
-    """Raises BadModelFileError unless `path` begins like a GGUF file that we can read. Cheap: 24 bytes."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEADER.size)
-    except OSError as error:
-        raise BadModelFileError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise BadModelFileError(f"{path}: expected GGUF, found a git-lfs pointer", hint="fetch it: git lfs pull")
-    if head[:4] != b"GGUF":
-        raise BadModelFileError(f"{path}: expected a GGUF file, it begins with {head[:4]!r}", hint="fetch it again")
-    if len(head) < _HEADER.size:
-        raise BadModelFileError(f"{path}: truncated: found {len(head)} bytes", hint="fetch it again")
-    version = _HEADER.unpack(head)[1]
-    if version not in _VERSIONS:
-        raise BadModelFileError(
-            f"{path}: expected GGUF version {' or '.join(map(str, _VERSIONS))} (little-endian), found {version:#x}",
-            hint="convert it with a current llama.cpp",
-        )
-
-
-def read(path: Path) -> Any:
-    """A `gguf.GGUFReader` of the file, in which every tensor lies inside the file.
-
-    Raises:
-        BadModelFileError: the file is damaged or truncated.
-    """
-    import gguf
-
-    check_header(path)
-    size = path.stat().st_size
-    try:
-        reader = gguf.GGUFReader(path)
-        ends = [(int(tensor.data_offset) + int(tensor.n_bytes), tensor.name) for tensor in reader.tensors]
-    # The reader trusts the file: a damaged one makes it index, convert or decode what is not there.
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as error:
-        raise BadModelFileError(
-            f"{path}: damaged or truncated at {size:,} bytes: {error}", hint="fetch the file again"
-        ) from error
-    if not ends:
-        raise BadModelFileError(f"{path}: expected tensors, found none", hint="is it a vocabulary-only file?")
-    end, name = max(ends)
-    if end > size:
-        raise BadModelFileError(
-            f"{path}: truncated: tensor {name!r} ends at byte {end:,}, the file at {size:,}",
-            hint="fetch the file again",
-        )
-    return reader
 
 
 def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
@@ -111,14 +58,14 @@ def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
         BadModelFileError: the file is damaged, or lacks weights.
         UnsupportedModelError: transformers cannot read this architecture from GGUF.
     """
-    reader = read(path)
+    reader = gguf_file.read(path)
     architecture = str(_metadata(reader, "general.architecture", ""))
 
     import torch
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 
-    supported = sorted(modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES)
+    supported = sorted(set(modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
     # transformers calls some architectures by another name than the file does: qwen2moe, qwen2_moe.
     spellings = {known.replace("_", "") for known in supported}
     if architecture.replace("_", "") not in spellings:
@@ -169,20 +116,33 @@ def _save_tokenizer(reader: Any, path: Path, out: Path) -> None:
             f"{path}: its tokenizer cannot be read: {error}", hint="convert the original checkpoint instead"
         ) from error
     tokens = reader.fields["tokenizer.ggml.tokens"]
-    for kind, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    special: dict[str, str] = {}
+    for end, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = _metadata(reader, f"tokenizer.ggml.{key}_token_id", None)
         if index is not None:
-            setattr(tokenizer, f"{kind}_token", tokens.contents(int(index)))
+            special[f"{end}_token"] = tokens.contents(int(index))
     backend = tokenizer.backend_tokenizer
-    is_byte_level = _metadata(reader, "tokenizer.ggml.model", "") == "gpt2"
     kind = _metadata(reader, "tokenizer.ggml.pre", "default")
-    if is_byte_level:
-        _cut_like(kind, backend)
+    is_byte_level = _metadata(reader, "tokenizer.ggml.model", "") == "gpt2"
     adds = {end: _metadata(reader, f"tokenizer.ggml.add_{end}_token", None) for end in ("bos", "eos")}
     if adds["bos"] is None:  # llama.cpp's defaults: sentencepiece vocabularies and Llama 3
         adds["bos"] = not is_byte_level or kind in _LLAMA3_LIKE
-    backend.post_processor = _post_processor(tokenizer, adds)
-    tokenizer.init_kwargs |= {f"add_{end}_token": bool(wanted) for end, wanted in adds.items()}
+    if is_byte_level:
+        _cut_like(kind, backend)
+        # The plain class: that of Llama adds a begin token and tidies spaces, whatever tokenizer.json says.
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=tokenizer.chat_template,
+            clean_up_tokenization_spaces=False,
+            model_max_length=tokenizer.model_max_length,
+            **special,
+        )
+    else:
+        for name, token in special.items():
+            setattr(tokenizer, name, token)
+        tokenizer._add_bos_token, tokenizer._add_eos_token = bool(adds["bos"]), bool(adds["eos"])
+    around = [special.get(f"{end}_token") if adds[end] else None for end in ("bos", "eos")]
+    tokenizer.backend_tokenizer.post_processor = _post_processor(backend, *around)
     tokenizer.save_pretrained(out)
 
 
@@ -205,15 +165,14 @@ def _cut_like(kind: str, backend: Any) -> None:
     backend.decoder = tokenizers.decoders.ByteLevel()
 
 
-def _post_processor(tokenizer: Any, adds: dict[str, Any]) -> Any:
-    """Puts the begin and end tokens around a text where the file asks for it."""
-    import tokenizers
+def _post_processor(backend: Any, begin: str | None, end: str | None) -> Any:
+    """Puts `begin` and `end` around a text."""
+    from tokenizers import processors
 
-    pieces = {end: getattr(tokenizer, f"{end}_token") if wanted else None for end, wanted in adds.items()}
-    single = [piece for piece in (pieces["bos"], "$A", pieces["eos"]) if piece]
-    pair = [*single, *(f"{piece}:1" for piece in (pieces["bos"], "$B", pieces["eos"]) if piece)]
-    special = [(piece, tokenizer.convert_tokens_to_ids(piece)) for piece in {*pieces.values()} if piece]
-    return tokenizers.processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    single = [piece for piece in (begin, "$A", end) if piece]
+    pair = [*single, *(f"{piece}:1" for piece in (begin, "$B", end) if piece)]
+    special = [(piece, backend.token_to_id(piece)) for piece in {begin, end} if piece]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 
 def _set_special_ids(reader: Any, model: Any) -> None:

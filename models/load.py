@@ -71,7 +71,7 @@ def load(
         from onnxpress.models import huggingface
 
         return _from_directory(huggingface.fetch(name, tell), name, work_dir, exporter, opset, tell)
-    if len(path.parts) > 1 or path.suffix in (".onnx", ".gguf", ".safetensors"):
+    if re.search(r"[/\\]", name) or path.suffix in (".onnx", ".gguf", ".safetensors"):
         raise BadModelFileError(f"{name}: no such file or directory", hint="check the path")
     raise UnsupportedModelError(
         f"{name!r} is no file, directory, Hugging Face id (org/name) or zoo name", hint=near_miss(name, zoo.names())

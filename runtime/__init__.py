@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxpress.runtime.benchmark import Benchmark, bench
+    from onnxpress.runtime.benchmark import Benchmark
     from onnxpress.runtime.evaluate import Evaluation, detokenize_wikitext, perplexity
     from onnxpress.runtime.generate import Generation, Generator, Stream
     from onnxpress.runtime.model import Model, load
@@ -31,7 +31,6 @@ _HOMES = {
     "Stream": "generate",
     "Tokenizer": "tokenizer",
     "audit": "placement",
-    "bench": "benchmark",
     "choose": "providers",
     "detokenize_wikitext": "evaluate",
     "explain": "providers",
@@ -53,7 +52,6 @@ __all__ = [
     "Stream",
     "Tokenizer",
     "audit",
-    "bench",
     "choose",
     "detokenize_wikitext",
     "explain",

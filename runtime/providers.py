@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxpress.compiler.errors import OptionError, ProviderError, near_miss
@@ -147,6 +146,8 @@ ORT_ERRORS = _ort_errors()
 
 
 def _probe_model() -> bytes:
+    import onnx_ir as ir  # here, for a process that measures the memory of a model
+
     model = ir.from_onnx_text(
         '<ir_version: 10, opset_import: ["" : 18]> g (float[N] x) => (float[N] y) { y = Add(x, x) }'
     )

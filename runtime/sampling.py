@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from onnxpress.compiler.errors import BadModelFileError, OptionError
 
+_BLOCK = 64  # logits per block of which only the largest is looked at first
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
@@ -127,17 +129,20 @@ def candidates(
 
     The most probable token always stays. Ties at the border of top-k all stay.
     """
-    tokens = np.arange(scores_V.size)
+    total = 0.0
     if 0 < top_k < scores_V.size:
-        border = np.partition(scores_V, -top_k)[-top_k]
-        tokens = np.flatnonzero(scores_V >= border)
-    scores = scores_V[tokens].astype(np.float64)
-    weights = np.exp(scores - scores.max())
+        tokens = _largest(scores_V, top_k)
+        scores_V = scores_V[tokens]
+        weights = np.exp((scores_V - scores_V.max()).astype(np.float64))
+        total = float(weights.sum())
+    else:
+        weights32 = np.exp(scores_V - scores_V.max())
+        # All tokens below this border together weigh less than 1 - top_p, so none of them is needed.
+        total = float(weights32.sum(dtype=np.float64))
+        border = (1 - top_p) / weights32.size * total
+        tokens = np.flatnonzero(weights32 >= border)
+        weights = weights32[tokens].astype(np.float64)
     if top_p < 1:
-        total = weights.sum()
-        # All tokens below this border together weigh less than 1 - top_p, so none of them is needed: sort the others.
-        large = weights >= (1 - top_p) / weights.size * total
-        tokens, weights = tokens[large], weights[large]
         order = np.argsort(-weights, kind="stable")
         tokens, weights = tokens[order], weights[order]
         before = np.cumsum(weights) - weights
@@ -147,6 +152,19 @@ def candidates(
         large = weights >= min_p * weights.max()
         tokens, weights = tokens[large], weights[large]
     return tokens, weights
+
+
+def _largest(scores_V: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Indices of the `count` largest scores, and of all that equal the least of them."""
+    blocks = scores_V.size // _BLOCK
+    if blocks > count:
+        # The maxima of `count` blocks are `count` scores, so the border is at least the least of these.
+        tops = scores_V[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+        tokens = np.flatnonzero(scores_V >= np.partition(tops, -count)[-count])
+    else:
+        tokens = np.arange(scores_V.size)
+    scores = scores_V[tokens]
+    return tokens[scores >= np.partition(scores, -count)[-count]]
 
 
 class StopMatcher:

@@ -10,7 +10,6 @@ The same code serves graphs of three families. They differ in how the cache grow
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Mapping
@@ -93,7 +92,7 @@ class DecoderSession:
         path: an .onnx file, or a directory with one; the settings beside it are read too.
         provider: auto, cpu or cuda.
         threads: of one operator; None is one per physical core.
-        strict: fail instead of falling back from CUDA to the CPU.
+        strict: fail instead of falling back from CUDA to the CPU, with the whole model or with single nodes.
         entries: further session configuration entries of ONNX Runtime.
 
     Raises:
@@ -119,6 +118,10 @@ class DecoderSession:
         self.ort = open_session(self.path, self.choice.providers, threads=threads, entries=entries)
         if self.choice.provider == "cuda" and _providers.CUDA not in self.ort.get_providers():
             raise BadModelFileError(f"{self.path}: expected a CUDA session, got {self.ort.get_providers()}")
+        if strict and self.choice.provider == "cuda":
+            from onnxpress.runtime.placement import audit
+
+            audit(self.path, "cuda", strict=True)
         self.interface = discover(self.ort, graph, self.config)
         self.device = self.choice.provider
         self._scratch: npt.NDArray[Any] = np.empty(0, np.uint8)
@@ -184,6 +187,11 @@ class DecoderSession:
         bind_array(binding, face.logits, logits, output=True, type_=face.logits_type)
         self.ort.run_with_iobinding(binding)
         return as_float32(logits)
+
+    def keep_value(self, count: int) -> npt.NDArray[Any]:
+        """What to feed the overridable weight that says how many logits to compute."""
+        value = next(value for value in self.ort.get_overridable_initializers() if value.name == self.interface.keep)
+        return np.full(value.shape, count, _NUMPY[value.type])
 
     def _logits_buffer(self, rows: int) -> npt.NDArray[Any]:
         """`[rows, V]` of the one scratch buffer: fresh pages for every call would cost more than the copy."""
@@ -256,7 +264,8 @@ class Decoding:
         self._bind_step_inputs(binding)
         bind_array(binding, self._face.logits, self._logits_B1V, output=True, type_=self._face.logits_type)
         if self._face.keep:
-            bind_array(binding, self._face.keep, _keep_value(self.session.ort, self._face, 1))
+            self._keep_one = self.session.keep_value(1)
+            bind_array(binding, self._face.keep, self._keep_one)
         return binding
 
     def _bind_step_inputs(self, binding: ort.IOBinding) -> None:
@@ -289,11 +298,13 @@ class Decoding:
     def step(self, ids_B: npt.ArrayLike) -> Floats:
         """Appends one token to each sequence, and gives its logits `[B, V]`: the inner loop of decoding."""
         total = self.length + 1
-        if not self._face.cache or total > self.max_length or not self._host:
+        if not self._face.cache or total > self.max_length:
             return self._forward(np.asarray(ids_B).reshape(self.batch, 1), None, keep=1)[:, -1]
         self._ids_B1[:, 0] = ids_B
         self._positions_B1[:] = self._counts_B1
         binding = self._step
+        if not self._host:
+            self._bind_step_inputs(binding)  # a device has its own copy, made when an input is bound
         if self._face.mask:
             self._bind_mask(binding, total)
         if self._face.shares_cache:
@@ -328,16 +339,9 @@ class Decoding:
         )
 
     def _keep_present(self, binding: ort.IOBinding) -> None:
-        present = dict(zip(self._bound_outputs(), binding.get_outputs(), strict=True))
-        for tensor in self._face.cache:
-            self._past[tensor.past] = present[tensor.present]
-
-    @functools.cached_property
-    def _output_order(self) -> list[str]:
-        return [tensor.present for tensor in self._face.cache] + [self._face.logits]
-
-    def _bound_outputs(self) -> list[str]:
-        return self._output_order
+        # The outputs come in the order of their binding: the cache first, then the logits.
+        for tensor, value in zip(self._face.cache, binding.get_outputs(), strict=False):
+            self._past[tensor.past] = value
 
     def _forward(self, ids: npt.NDArray[Any], mask: npt.ArrayLike | None, keep: int | None) -> Floats:
         face, new = self._face, ids.shape[1]
@@ -371,7 +375,7 @@ class Decoding:
             bind_array(binding, face.positions, held[1])
         rows = 1 if face.last_only or (face.keep and keep) else fed.shape[1]
         if face.keep:
-            held.append(_keep_value(self.session.ort, face, rows))
+            held.append(self.session.keep_value(rows))
             bind_array(binding, face.keep, held[-1])
         logits = self.session._logits_buffer(self.batch * rows).reshape(self.batch, rows, face.vocab_size)
         bind_array(binding, face.logits, logits, output=True, type_=face.logits_type)
@@ -560,13 +564,3 @@ def as_float32(array: npt.NDArray[Any]) -> Floats:
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _keep_array(shape: tuple[int, ...], dtype: str, count: int) -> npt.NDArray[Any]:
-    return np.full(shape, count, dtype)
-
-
-def _keep_value(session: ort.InferenceSession, face: Interface, count: int) -> npt.NDArray[Any]:
-    value = next(value for value in session.get_overridable_initializers() if value.name == face.keep)
-    return _keep_array(tuple(value.shape), np.dtype(_NUMPY[value.type]).str, count)

@@ -48,21 +48,19 @@ class Initializer:
 
 @dataclass
 class Skeleton:
-    """What `read` found in the main graph of a model."""
+    """What `read` found in the main graph of a model; `types` are the element types that the file states, as numbers
+    of TensorProto.DataType."""
 
     path: Path
     nodes: list[Node] = field(default_factory=list)
     initializers: dict[str, Initializer] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    types: dict[str, int] = field(default_factory=dict)
 
     def consumers(self, name: str) -> list[Node]:
         """The nodes that read `name`, those that read it inside a sub-graph included."""
         return [node for node in self.nodes if name in node.inputs or name in node.inner]
-
-    def producer(self, name: str) -> Node | None:
-        """The node that writes `name`, or None for an input or a weight."""
-        return next((node for node in self.nodes if name in node.outputs), None)
 
 
 def read(path: Path) -> Skeleton:
@@ -173,9 +171,26 @@ def _read_graph(data: mmap.mmap, start: int, end: int, skeleton: Skeleton) -> No
         elif number == 5:
             tensor = _read_tensor(data, *span)
             skeleton.initializers[tensor.name] = tensor
-        elif number in (11, 12):
-            names = skeleton.inputs if number == 11 else skeleton.outputs
-            names += [text for _, text in _texts(data, *span, 1)]
+            skeleton.types[tensor.name] = tensor.data_type
+        elif number in (11, 12, 13):
+            name, data_type = _read_value(data, *span)
+            skeleton.types[name] = data_type
+            if number != 13:
+                (skeleton.inputs if number == 11 else skeleton.outputs).append(name)
+
+
+def _read_value(data: mmap.mmap, start: int, end: int) -> tuple[str, int]:
+    """(name, element type) of a ValueInfoProto; the type is 0 where it is no tensor."""
+    name, data_type = "", 0
+    for number, span in _fields(data, start, end):
+        if number == 1 and isinstance(span, tuple):
+            name = data[span[0] : span[1]].decode()
+        elif number == 2 and isinstance(span, tuple):
+            for kind, tensor in _fields(data, *span):
+                if kind == 1 and isinstance(tensor, tuple):
+                    found = (value for part, value in _fields(data, *tensor) if part == 1 and isinstance(value, int))
+                    data_type = next(found, 0)
+    return name, data_type
 
 
 def _read_node(data: mmap.mmap, start: int, end: int) -> Node:

@@ -30,3 +30,8 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str]
         return models.load(checkpoint, work_dir=work, exporter=exporter).directory
 
     return export
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden` rewrites the golden files."""
+    parser.addoption("--update-golden", action="store_true", help="write what is measured into tests/golden")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = {
+_VERBS: dict[str, Callable[..., None]] = {
     "export": export.export,
     "optimize": optimize.optimize,
     "inspect": inspect.inspect,
@@ -43,12 +44,40 @@ _VERBS = {
     "recipes": recipes.recipes,
     "doctor": doctor.doctor,
 }
-for _name, _function in _VERBS.items():
-    app.command(name=_name)(_function)
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, so that it unwinds like Ctrl-C and leaves no temporary directory."""
+
+
+class _Stopped(Exception):  # noqa: N818  # not an error, and typer must not take it for what it handles in its own way
+    """A command was stopped from outside."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _stoppable(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, with interrupts and a reader that went away as `_Stopped`."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+            sys.stdout.flush()
+        except _Terminated:
+            raise _Stopped("terminated", _TERMINATED) from None
+        except KeyboardInterrupt:
+            raise _Stopped("interrupted", _INTERRUPTED) from None
+        except BrokenPipeError:
+            raise _Stopped("", _BROKEN_PIPE) from None
+
+    return call
+
+
+for _name, _function in _VERBS.items():
+    app.command(name=_name)(_stoppable(_function))
 
 
 def _version(wanted: bool) -> None:
@@ -80,18 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _sigterm():
             result = app(args=arguments, prog_name="onnxpress", standalone_mode=False)
-            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except OnnxpressError as error:
         return _fail(error.message, error.hint, error.exit_code, debug=debug)
-    except _Terminated:
-        return _fail("terminated", None, _TERMINATED)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", None, _INTERRUPTED)
-    except BrokenPipeError:
-        # The reader went away; what is still buffered must not raise again when the interpreter closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+    except _Stopped as stopped:
+        if stopped.code == _BROKEN_PIPE:
+            # What is still buffered must not raise again when the interpreter closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return stopped.code
+        return _fail(str(stopped), None, stopped.code)
     except MemoryError:
         return _fail("out of memory", "use a machine with more memory, or a smaller model", 1, debug=debug)
     except OSError as error:

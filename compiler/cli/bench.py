@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxpress.compiler.cli.common import Json, PathArgument, Provider, Quiet, Strict, Threads, emit, size, working
+from onnxpress.compiler.cli.common import (
+    Json,
+    PathArgument,
+    Provider,
+    Quiet,
+    Strict,
+    Threads,
+    emit,
+    escape,
+    size,
+    working,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +28,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 3,
     provider: Provider = "auto",
     threads: Threads = None,
     strict: Strict = False,
@@ -33,6 +45,7 @@ def bench(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             batch=batch,
+            rounds=rounds,
             provider=provider,
             threads=threads,
             strict=strict,
@@ -42,27 +55,21 @@ def bench(
 
 
 def _show(console: Console, facts: dict[str, Any]) -> None:
-    for key, value in facts.items():
-        console.print(f"{_name(key):<30} {_text(key, value)}")
-
-
-def _name(key: str) -> str:
-    for suffix in ("_bytes_per_s", "_per_s", "_bytes", "_s"):
-        if key.endswith(suffix):
-            key = key.removesuffix(suffix)
-            return f"{key} per second".replace("_", " ") if suffix.endswith("per_s") else key.replace("_", " ")
-    return key.replace("_", " ")
-
-
-def _text(key: str, value: Any) -> str:
-    if value is None:
-        return "unknown"
-    if key.endswith(("_bytes", "_bytes_per_s", "bytes_per_token")):
-        return size(value)
-    if key.endswith("_per_s"):
-        return f"{value:,.1f}"
-    if key.endswith("_s"):
-        return f"{value:.3f} s"
-    if key.endswith("share"):
-        return f"{value:.0%}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    threads = facts["threads"] or "all physical"
+    rows = [
+        ("workload", f"{facts['batch']} x ({facts['prompt_tokens']} prompt + {facts['new_tokens']} new tokens)"),
+        ("provider", f"{facts['provider']}: {facts['provider_reason']}"),
+        ("machine", f"{facts['cpu']}, {facts['cores']} cores, {threads} threads, onnxruntime {facts['onnxruntime']}"),
+        ("load", f"{facts['load_s']:.3f} s"),
+        ("time to first token", f"{facts['time_to_first_token_s']:.3f} s"),
+        ("prefill", f"{facts['prefill_tokens_per_s']:,.1f} tokens per second"),
+        ("decode", f"{facts['decode_tokens_per_s']:,.1f} tokens per second"),
+        ("peak memory", f"{size(facts['peak_memory_bytes'])}, {size(facts['base_memory_bytes'])} before loading"),
+        ("read per token", size(facts["bytes_read_per_token"])),
+        (
+            "memory bandwidth",
+            f"{facts['bandwidth_share']:.0%} of {size(facts['memory_bandwidth_bytes_per_s'])} per second",
+        ),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<19} {escape(value)}")

@@ -12,17 +12,27 @@ if TYPE_CHECKING:
 
 def doctor(as_json: Json = False, quiet: Quiet = False) -> None:
     """Show versions, execution providers and why CUDA is or is not used, kernels, memory and its bandwidth."""
+    from onnx_ir import DataType
+
+    from onnxpress.compiler.kernels import probe_kernels
     from onnxpress.compiler.report import versions
     from onnxpress.runtime import providers
 
     with working(quiet=quiet or as_json) as progress:
         progress.tell("looking at this machine")
-        facts = {"versions": versions(), **providers.explain()}
+        facts: dict[str, Any] = {"versions": versions(), **providers.explain(), "cpu_kernels": probe_kernels()}
+        if facts["cuda_usable"]:
+            facts["cuda_kernels"] = probe_kernels(providers.CUDA, DataType.FLOAT16)
     emit(facts, as_json=as_json, quiet=quiet, show=lambda console: _show(console, facts))
 
 
 def _show(console: Console, facts: dict[str, Any]) -> None:
     for key, value in facts.items():
+        if key.endswith("_kernels"):
+            console.print(f"{key.replace('_', ' ')}:")
+            for operator, answer in value.items():
+                console.print(f"  {operator:<34} {escape(answer)}")
+            continue
         name = key.removesuffix("_bytes").removesuffix("_bytes_per_s").replace("_", " ")
         console.print(f"{name:<22} {escape(_text(key, value))}")
 

@@ -19,6 +19,10 @@ _MAX_NAMES = 6  # inputs or outputs listed in full
 def inspect(
     path: ModelArgument,
     blocks: Annotated[bool, typer.Option("--blocks", help="One row for each block.")] = False,
+    placement: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda", help="Also plan a session: which operators run where.", show_default="not"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -32,12 +36,19 @@ def inspect(
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as work, working(quiet=quiet or as_json) as progress:
         source = models.load(path, work_dir=Path(work), progress=progress.tell)
         summary = summarize(source.model, config=source.config, provenance=_provenance(source.provenance))
-    emit(
-        {"path": path, **summary.to_json()},
-        as_json=as_json,
-        quiet=quiet,
-        show=lambda console: _show(console, path, summary, blocks),
-    )
+        facts: dict[str, Any] = {"path": path, **summary.to_json()}
+        if placement is not None:
+            from onnxpress.runtime.placement import audit
+
+            progress.tell("planning a session")
+            facts["placement"] = audit(source.model_path, placement).to_json()
+
+    def show(console: Console) -> None:
+        _show(console, summary, blocks)
+        if placement is not None:
+            _show_placement(console, facts["placement"])
+
+    emit(facts, as_json=as_json, quiet=quiet, show=show)
 
 
 def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +60,7 @@ def _provenance(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "artifact": {key: card[key] for key in kept if key in card}}
 
 
-def _show(console: Console, path: str, summary: Summary, with_blocks: bool) -> None:
+def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
     made_by = summary.provenance.get("onnxpress.pipeline")
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in summary.opset_imports.items())
     facts = [
@@ -108,3 +119,12 @@ def _show(console: Console, path: str, summary: Summary, with_blocks: bool) -> N
         )
     counts = ", ".join(f"{name} {count}" for name, count in summary.operators.items())
     console.print(f"operators: {escape(counts)}")
+
+
+def _show_placement(console: Console, plan: dict[str, Any]) -> None:
+    for provider, counts in plan["operators"].items():
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        console.print(f"on {provider}: {escape(listed)}")
+    console.print(f"copies between devices: {plan['copies']}")
+    for node in plan["stray"]:
+        console.print(f"strayed to the CPU: {escape(node)}")

@@ -254,7 +254,7 @@ def _renormed(graph: ir.Graph, stream: ir.Value, join: ir.Node, inside: set[int]
             continue
         own_gamma, own_beta, own_sum = _NORMS[norm.op_type]
         reads = norm.inputs[0] is stream if own_sum is None else norm.outputs[own_sum] is stream
-        readers = _readers(norm.outputs[0])
+        readers = [node for node in _readers(norm.outputs[0]) if node.op_type not in _SHAPE_ONLY]
         if reads and not norm.outputs[0].is_graph_output() and all(id(node) in inside for node in readers):
             norm.replace_input_with(own_gamma, weights[0])
             if own_beta is not None and len(weights) > 1 and len(norm.inputs) > own_beta:

@@ -1,152 +1,363 @@
-"""Turns a float32 graph into a float16 one: weights, activations, caches, inputs and outputs.
+"""Stores weights and computes activations in float16; positions, norms and masks keep the precision they need.
 
-What is computed from integers alone (rotary tables from positions, lengths and bias from the mask) stays in float32 and
-is cast where it meets an activation: a cosine of position 8,000 in float16 would be noise. Norms keep summing in
-float32 inside their kernels. Run it after fusion: an unfused norm would square in float16.
+A float32 value is one of three kinds, told apart by where it comes from:
+
+* activations: what graph inputs of type float, embedding rows and products with weights flow into. They become float16,
+  and with them every Cast to float32 that an exporter wrote around norms and softmax.
+* position data: float values computed from integers alone (rotary angles, masks). Angles of position 30,000 have no
+  meaning in float16, so these nodes stay in float32, and one Cast follows where an activation meets them; what lies
+  beyond float16's range (the -3.4e38 of a mask) is clipped there, not turned into an infinity.
+* statistics of an unfused norm (Pow, ReduceMean, Sqrt and what combines them): a square overflows at 256, so the norm
+  is computed in float32 between two Casts. Fused norms do so inside their kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import common
 
-from onnxpress.compiler.linears import drop_unused, unique_name
+from onnxpress.compiler.errors import PreconditionError
+from onnxpress.compiler.linears import unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
-LARGEST = float(np.finfo(np.float16).max)
-# Operators that hand a weight on; with a weight as operand they belong to the weight.
-_VIEWS = ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+LARGEST = 65504.0  # of float16
+_SAMPLE = 1 << 16  # weights per tensor on which the rounding error is measured
+
+_STATISTICS = ("Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log")
+_ELEMENTWISE = (*_STATISTICS, "Add", "Sub", "Mul", "Div", "Neg")
+# Operators whose inputs must be float32 whatever the rest is, and single inputs (by index) of which that holds.
+_FLOAT32_ONLY = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "Multinomial")
+_FLOAT32_INPUTS: dict[str, tuple[int, ...]] = {"Resize": (1, 2), "GroupQueryAttention": (12, 13)}
+_FLOAT32_OUTPUTS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+# The input that decides the type of the first output, where it is not the first one.
+_TYPE_FROM = {"Where": 1, "GatherBlockQuantized": 2, "DequantizeLinear": 1}
+_INTEGER_OUTPUTS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero")
+_TRUTH_OUTPUTS = ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN")
+_VIEWS = ("Transpose", "Reshape", "Identity", "Slice", "Split", "Unsqueeze", "Squeeze", "Cast")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits")
 
 
-def to_float16(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """The nearest float16 numbers; finite ones beyond the range become the largest of their sign, not infinite.
+def to_half(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """float16 with finite values beyond its range set to +-65504; infinities and NaN stay.
 
-    Laws: infinite and NaN stay as they are; |error| <= 2^-11 |x| for 6.2e-5 <= |x| <= 65504.
+    Laws: exact for every float16 value; never makes a finite value infinite; monotone.
     """
-    clipped = np.where(np.isfinite(array), np.clip(array, -LARGEST, LARGEST), array)
-    return clipped.astype(np.float16)
+    finite = np.isfinite(array)
+    clipped = np.clip(array, -LARGEST, LARGEST)
+    return (clipped if finite.all() else np.where(finite, clipped, array)).astype(np.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CastFloat16(Pass):
-    """Float16 weights and activations, the form that CUDA kernels want."""
+    """Turns a float32 graph into float16: weights, activations, caches, float inputs and outputs.
+
+    For the target cuda, whose attention kernels know no float32. On the CPU such a file runs, slowly. The rounding
+    error of the weights is reported as `weight_error`; weights beyond float16's range are saturated and named.
+    """
 
     promise: ClassVar[Promise] = Promise.LOSSY
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         graph = model.graph
-        active = _active(graph)
-        loss = norm = 0.0
-        converted: dict[int, ir.Value] = {}
-        for node in list(graph):
-            if id(node) not in active:
-                continue
-            for index, value in enumerate(node.inputs):
-                if value is None or value.dtype != ir.DataType.FLOAT:
-                    continue
-                source = value.producer()
-                if value.is_initializer():
-                    if id(value) not in converted:
-                        converted[id(value)] = _convert(graph, value, report)
-                        error, size = _rounding(value)
-                        loss, norm = loss + error, norm + size
-                    node.replace_input_with(index, converted[id(value)])
-                elif source is not None and id(source) not in active:
-                    if id(value) not in converted:
-                        converted[id(value)] = _cast_after(graph, source, value)
-                        report.change(f"cast {value.name}")
-                    node.replace_input_with(index, converted[id(value)])
-        for value in list(graph.initializers.values()):
-            drop_unused(graph, value)
-        for name in _retype(graph, active):
-            report.change(name)
-        if report.changed:
-            report.metrics["weight_error"] = float(np.sqrt(loss / norm)) if norm else 0.0
+        if any(attr.type in _GRAPHS for node in graph for attr in node.attributes.values()):
+            raise PreconditionError(
+                "cast_float16: expected a graph without If, Loop and Scan", hint="export a single, unconditional graph"
+            )
+        types = _types(graph)
+        if not _has_work(graph, types):
+            report.skip("graph", "it has no weights or activations in float32")
+            return report
+        if any(node.op_type == "Constant" for node in graph):
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+            types = _types(graph)
+        roles = _roles(graph, types)
+        _Caster(graph, types, roles, report).run()
+        graph.sort()
         return report
 
 
-def _active(graph: ir.Graph) -> set[int]:
-    """Nodes that activations or weights flow through: everything behind a float input or an embedding table."""
-    flowing = {id(value) for value in graph.inputs if value.dtype == ir.DataType.FLOAT}
-    active: set[int] = set()
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+@dataclass
+class _Roles:
+    """Nodes by id: those that compute in float16, and those of them that are statistics and stay in float32."""
+
+    activations: set[int]
+    statistics: set[int]
+
+    def is_half(self, node: ir.Node) -> bool:
+        return id(node) in self.activations and id(node) not in self.statistics
+
+
+def _types(graph: ir.Graph) -> dict[int, ir.DataType | None]:
+    """Element type of every value by id; what the graph does not declare follows from the operator."""
+    types: dict[int, ir.DataType | None] = {}
+    for value in (*graph.inputs, *graph.initializers.values()):
+        types[id(value)] = value.const_value.dtype if value.const_value is not None else value.dtype
     for node in graph:
-        first = node.inputs[0] if node.inputs else None
-        is_table = node.op_type in ("Gather", "GatherBlockQuantized") and first is not None and _is_weight(node)
-        is_view = node.op_type in _VIEWS and first is not None and first.is_initializer()
-        is_view = is_view and first.dtype == ir.DataType.FLOAT and first.const_value is not None  # type: ignore[union-attr]
-        if is_table or is_view or any(id(value) in flowing for value in node.inputs if value is not None):
-            if node.op_type == "Shape":
+        source = node.inputs[_TYPE_FROM.get(node.op_type, 0)] if node.inputs else None
+        inferred = types.get(id(source)) if source is not None else None
+        if node.op_type == "Cast":
+            inferred = ir.DataType(node.attributes["to"].as_int())
+        elif node.op_type in _INTEGER_OUTPUTS:
+            inferred = ir.DataType.INT64
+        elif node.op_type in _TRUTH_OUTPUTS:
+            inferred = ir.DataType.BOOL
+        elif node.op_type in _FLOAT32_OUTPUTS:
+            inferred = FLOAT
+        elif node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            inferred = node.attributes["value"].as_tensor().dtype
+        elif node.op_type == "ConstantOfShape":
+            inferred = FLOAT
+        for value in node.outputs:
+            types[id(value)] = value.dtype if value.dtype is not None else inferred
+    return types
+
+
+def _has_work(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> bool:
+    """Whether a float32 input, weight matrix or embedding is left; what this pass leaves in float32 does not count."""
+    roles = _roles(graph, types)
+    if any(types[id(value)] == FLOAT for value in graph.inputs if value.const_value is None):
+        return True
+    return any(
+        types.get(id(value)) == FLOAT and _is_constant(value) and index not in _FLOAT32_INPUTS.get(node.op_type, ())
+        for node in graph
+        if roles.is_half(node) and node.op_type != "Cast"
+        for index, value in enumerate(node.inputs)
+        if value is not None
+    )
+
+
+def _roles(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> _Roles:
+    flowing = {id(value) for value in graph.inputs if _is_float(types[id(value)]) and value.const_value is None}
+    activations: set[int] = set()
+    statistics: set[int] = set()
+    reduced: set[int] = set()  # values that a statistic made and nothing has joined with its operand again
+    for node in graph:
+        fed = any(value is not None and id(value) in flowing for value in node.inputs)
+        if not (fed or _starts(node, types)):
+            continue
+        outputs = [value for value in node.outputs if _is_float(types.get(id(value)))]
+        if not outputs and node.op_type not in _FLOAT32_ONLY:
+            if any(value is not None and id(value) in flowing for value in node.inputs):
+                activations.add(id(node))  # compares or counts activations
+            continue
+        activations.add(id(node))
+        flowing.update(id(value) for value in outputs)
+        derived = [value for value in node.inputs if value is not None and id(value) in reduced]
+        if node.op_type in _STATISTICS or (derived and node.op_type in _ELEMENTWISE):
+            statistics.add(id(node))
+            joined = any(
+                value is not None and id(value) in flowing and id(value) not in reduced for value in node.inputs
+            )
+            if not (joined and derived):
+                reduced.update(id(value) for value in outputs)
+        elif derived and node.op_type == "Cast":
+            reduced.update(id(value) for value in outputs)
+            statistics.add(id(node))
+        elif node.op_type in _FLOAT32_ONLY:
+            statistics.add(id(node))
+    return _Roles(activations, statistics)
+
+
+def _starts(node: ir.Node, types: dict[int, ir.DataType | None]) -> bool:
+    """Whether activations begin at this node: rows or a view of a weight matrix, or a product with one."""
+    if node.op_type == "GatherBlockQuantized":
+        return True
+    if node.op_type == "Gather" or node.op_type in _VIEWS:
+        return _is_matrix(node.inputs[0], types)
+    return node.op_type in _PRODUCTS and any(_is_matrix(value, types) for value in node.inputs[:3])
+
+
+def _is_matrix(value: ir.Value | None, types: dict[int, ir.DataType | None]) -> bool:
+    """Whether the value is a float constant with at least two sizes above one (a rotary frequency vector is not)."""
+    if value is None or not _is_constant(value) or not _is_float(types.get(id(value))):
+        return False
+    assert value.const_value is not None
+    return sum(int(size) > 1 for size in value.const_value.shape.numpy()) >= 2
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.const_value is not None and value.producer() is None
+
+
+def _is_float(dtype: ir.DataType | None) -> bool:
+    return dtype in (FLOAT, HALF)
+
+
+class _Caster:
+    """One run over a graph."""
+
+    def __init__(self, graph: ir.Graph, types: dict[int, ir.DataType | None], roles: _Roles, report: Report) -> None:
+        self.graph, self.types, self.roles, self.report = graph, types, roles, report
+        self.made: dict[tuple[int, ir.DataType], ir.Value] = {}
+        self.squared_error = self.squared_norm = 0.0
+
+    def run(self) -> None:
+        """Converts inputs, nodes and constants, then ties float32 and float16 parts together with Casts."""
+        nodes = list(self.graph)
+        wide = self._far_reaching(nodes)
+        for value in self.graph.inputs:
+            if self.types[id(value)] == FLOAT and value.const_value is None:
+                self._retype(value)
+                self.report.change(f"input {value.name}")
+        for node in nodes:
+            if self.roles.is_half(node):
+                self._convert(node)
+        self._convert_constants(nodes)
+        for node in nodes:
+            self._connect(node, wide)
+        for value in self.graph.outputs:
+            maker = value.producer()
+            if maker is not None and id(maker) in self.roles.statistics and self.types.get(id(value)) == FLOAT:
+                self.report.skip(f"output {value.name}", "computed in float32")
+        if self.squared_norm:
+            self.report.metrics["weight_error"] = float(np.sqrt(self.squared_error / self.squared_norm))
+
+    def _far_reaching(self, nodes: Iterable[ir.Node]) -> set[int]:
+        """Position values that a constant beyond float16's range flows into."""
+        wide: set[int] = set()
+        for value in self.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype == FLOAT and tensor.size <= 1 << 16:
+                array = tensor.numpy()
+                if (np.isfinite(array) & (np.abs(array) > LARGEST)).any():
+                    wide.add(id(value))
+        for node in nodes:
+            fill = node.attributes.get("value")
+            is_wide = node.op_type == "ConstantOfShape" and fill is not None and _beyond(fill.as_tensor().numpy())
+            if is_wide or any(value is not None and id(value) in wide for value in node.inputs):
+                wide.update(id(value) for value in node.outputs)
+        return wide
+
+    def _retype(self, value: ir.Value) -> None:
+        self.types[id(value)] = HALF
+        value.type = ir.TensorType(HALF)
+
+    def _convert(self, node: ir.Node) -> None:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+        for value in node.outputs:
+            if self.types.get(id(value)) == FLOAT:
+                self._retype(value)
+                if value.is_graph_output():
+                    self.report.change(f"output {value.name}")
+
+    def _convert_constants(self, nodes: Iterable[ir.Node]) -> None:
+        """float32 constants that only float16 nodes read change in place; others get a float16 twin."""
+        readers: dict[int, list[tuple[ir.Node, int]]] = {}
+        constants: dict[int, ir.Value] = {}
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value is not None and _is_constant(value) and self.types.get(id(value)) == FLOAT:
+                    constants[id(value)] = value
+                    readers.setdefault(id(value), []).append((node, index))
+        for key, value in constants.items():
+            wanting = [(node, index) for node, index in readers[key] if self._wants(node, index) == HALF]
+            if not wanting:
                 continue
-            active.add(id(node))
-            integer = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.UINT8)
-            flowing |= {id(value) for value in node.outputs if value.dtype not in integer}
-    return active
+            tensor = value.const_value
+            assert tensor is not None
+            self._weigh(value.name or "constant", tensor)
+            alone = len(wanting) == len(readers[key]) and not value.is_graph_output()
+            name = (value.name or "") if alone else unique_name(self.graph, f"{value.name}.float16")
+            half = _lazy_half(tensor, name)
+            if alone:
+                value.const_value = half
+                self._retype(value)
+            else:
+                twin = ir.Value(
+                    name=name, shape=ir.Shape(half.shape.numpy()), type=ir.TensorType(HALF), const_value=half
+                )
+                self.graph.register_initializer(twin)
+                self.types[id(twin)] = HALF
+                for node, index in wanting:
+                    node.replace_input_with(index, twin)
+            self.report.change(f"weight {name}" if tensor.size > 1 else f"constant {name}")
+
+    def _weigh(self, name: str, tensor: ir.TensorProtocol) -> None:
+        """Adds to the rounding error, on a sample; names weights that float16 cannot hold."""
+        if tensor.size <= 1:
+            return
+        array = tensor.numpy().reshape(-1)
+        if not np.isfinite([array.min(), array.max()]).all() or max(-array.min(), array.max()) > LARGEST:
+            count = int((~(np.abs(array) <= LARGEST)).sum())
+            self.report.metrics["overflows"] = self.report.metrics.get("overflows", 0.0) + count
+            self.report.skip(f"values of {name}", f"{count} lie beyond float16's range; finite ones were saturated")
+            return
+        sample = array[:: max(1, array.size // _SAMPLE)].astype(np.float64)
+        weight = array.size / sample.size
+        self.squared_norm += weight * float(sample @ sample)
+        error = to_half(sample) - sample
+        self.squared_error += weight * float(error @ error)
+
+    def _wants(self, node: ir.Node, index: int) -> ir.DataType | None:
+        """The float type in which `node` takes input `index`."""
+        if index in _FLOAT32_INPUTS.get(node.op_type, ()) or not self.roles.is_half(node):
+            return FLOAT
+        return HALF
+
+    def _connect(self, node: ir.Node, wide: set[int]) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or not _is_float(self.types.get(id(value))) or node.op_type == "Cast":
+                continue
+            if id(node) not in self.roles.activations and not self._mixes(node):
+                continue
+            wanted = self._wants(node, index)
+            if wanted is not None and self.types[id(value)] != wanted:
+                node.replace_input_with(index, self._cast(value, wanted, id(value) in wide))
+
+    def _mixes(self, node: ir.Node) -> bool:
+        """Whether a node outside the activations reads a value that has become float16 (a float graph input)."""
+        return any(value is not None and self.types.get(id(value)) == HALF for value in node.inputs)
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType, wide: bool) -> ir.Value:
+        """`value` in another float type, made once."""
+        if (id(value), dtype) not in self.made:
+            source = value
+            nodes = []
+            if wide and dtype == HALF:
+                bounds = [self._bound(-LARGEST), self._bound(LARGEST)]
+                clip = ir.node("Clip", [value, *bounds], name=f"{value.name}/saturate")
+                source = clip.outputs[0]
+                source.name, source.shape, source.dtype = f"{value.name}/saturated", value.shape, FLOAT
+                nodes.append(clip)
+            cast = ir.node("Cast", [source], {"to": int(dtype)}, name=f"{value.name}/{dtype.name.lower()}")
+            cast.outputs[0].name = f"{value.name}.{dtype.name.lower()}"
+            cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, dtype
+            self.types[id(cast.outputs[0])] = dtype
+            self.graph.extend([*nodes, cast])
+            self.made[id(value), dtype] = cast.outputs[0]
+        return self.made[id(value), dtype]
+
+    def _bound(self, number: float) -> ir.Value:
+        name = f"float16.{'largest' if number > 0 else 'smallest'}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.array(number, np.float32), name=name)
+            value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(FLOAT), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
 
 
-def _is_weight(node: ir.Node) -> bool:
-    """Whether a gather reads a float table (or quantized codes with float scales)."""
-    scales = node.inputs[2] if node.op_type == "GatherBlockQuantized" else node.inputs[0]
-    return scales is not None and scales.dtype == ir.DataType.FLOAT and scales.is_initializer()
+def _beyond(array: npt.NDArray[Any]) -> bool:
+    return bool((np.isfinite(array) & (np.abs(array) > LARGEST)).any())
 
 
-def _convert(graph: ir.Graph, value: ir.Value, report: Report) -> ir.Value:
-    """A float16 twin of an initializer, converted when it is saved."""
-    tensor = value.const_value
-    assert tensor is not None
-    name = unique_name(graph, f"{value.name}/float16")
-    array = tensor.numpy()
-    beyond = int(np.count_nonzero(np.isfinite(array) & (np.abs(array) > LARGEST)))
-    if beyond and tensor.size > 1:
-        report.skip(value.name or name, f"{beyond} numbers beyond +-65504 were cut off")
+def _lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """The tensor in float16; large ones are converted when they are saved."""
+    if tensor.size <= 1 << 12:
+        return ir.Tensor(to_half(tensor.numpy()), dtype=HALF, name=name)
 
     def read() -> ir.Tensor[Any]:
-        return ir.Tensor(to_float16(tensor.numpy()), dtype=ir.DataType.FLOAT16, name=name)
+        return ir.Tensor(to_half(tensor.numpy()), dtype=HALF, name=name)
 
-    lazy = ir.LazyTensor(read, dtype=ir.DataType.FLOAT16, shape=tensor.shape, name=name)  # type: ignore[arg-type]
-    twin = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=lazy)
-    graph.register_initializer(twin)
-    report.change(value.name or name)
-    return twin
-
-
-def _rounding(value: ir.Value) -> tuple[float, float]:
-    """Squared rounding error and squared norm of an initializer."""
-    assert value.const_value is not None
-    array = value.const_value.numpy()
-    finite = np.where(np.abs(array) <= LARGEST, array, np.float32(0))
-    error = (finite - finite.astype(np.float16)).reshape(-1)
-    flat = finite.reshape(-1)
-    return float(error @ error), float(flat @ flat)
-
-
-def _cast_after(graph: ir.Graph, source: ir.Node, value: ir.Value) -> ir.Value:
-    """A float16 copy of a value that is computed in float32."""
-    cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", ir.DataType.FLOAT16)], name=f"{value.name}/float16")
-    cast.outputs[0].name = f"{value.name}/float16"
-    cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT16)
-    graph.insert_after(source, cast)
-    return cast.outputs[0]
-
-
-def _retype(graph: ir.Graph, active: set[int]) -> list[str]:
-    """Float16 for the inputs and for everything that active nodes give; casts to float32 among them follow."""
-    changed = []
-    half = ir.TensorType(ir.DataType.FLOAT16)
-    for value in graph.inputs:
-        if value.dtype == ir.DataType.FLOAT:
-            value.type = half
-            changed.append(f"input {value.name}")
-    for node in graph:
-        if id(node) not in active:
-            continue
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
-            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
-        for value in node.outputs:
-            if value.dtype == ir.DataType.FLOAT:
-                value.type = half
-    return changed
+    return ir.LazyTensor(read, dtype=HALF, shape=ir.Shape(tensor.shape.numpy()), name=name)

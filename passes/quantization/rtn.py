@@ -131,7 +131,8 @@ def _steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, out: Flo
     # Two steps: numpy's clip is seven times slower when its bounds are arrays.
     low = -zero_GN
     np.maximum(out, low[:, None], out=out)
-    return np.minimum(out, (low + (2**bits - 1))[:, None], out=out)
+    np.minimum(out, (low + (2**bits - 1))[:, None], out=out)
+    return out
 
 
 def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
@@ -278,6 +279,10 @@ class Rtn(Pass):
             reason = slow_kernel(bits, block_size, "cpu")
             if reason is not None:
                 raise OptionError(f"rtn: {reason}", hint="use block_size=64")
+
+    @classmethod
+    def example(cls, model: ir.Model) -> Rtn:
+        return cls(block_size=16)
 
     def _head(self) -> tuple[int, int]:
         return self.head_bits or self.bits, self.head_block_size or self.block_size

@@ -65,9 +65,14 @@ def test_an_empty_directory_and_a_link_to_one_are_used(tmp_path: Path) -> None:
 def test_a_failed_run_leaves_the_old_output_and_nothing_else(tmp_path: Path, failure: BaseException) -> None:
     out = tmp_path / "out"
     write(out, "old")
-    with pytest.raises(type(failure)), staged(out) as stage:
-        fill(stage.path, "new")
-        raise failure
+
+    def run() -> None:
+        with staged(out) as stage:
+            fill(stage.path, "new")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        run()
     assert (out / "model.onnx").read_text() == "old"
     assert siblings(out) == ["out"]
 

@@ -1,0 +1,159 @@
+"""The watchers see what they should: a broken promise, a loss, and nothing where nothing happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from decoders import VOCABULARY, decoder
+
+from onnxpress.compiler import pipeline
+from onnxpress.compiler.errors import VerificationError
+from onnxpress.compiler.linears import find_linears, unique_name
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.probe import Probe, kl_divergence, log_softmax
+from onnxpress.compiler.registry import find
+from onnxpress.compiler.verify import LossMeter, Verifier, compare, snapshot, write_with_exact_activations
+
+IDS = np.arange(3, 67)[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scale(Pass):
+    """Multiplies one weight by a factor and promises whatever it is told to."""
+
+    factor: float = 1.0
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        report = Report()
+        linear = find_linears(model)[0]
+        array = linear.w_NK() * np.float32(self.factor)
+        linear.set_weight(lambda: array, unique_name(model.graph, "scaled"))
+        report.change(linear.name)
+        return report
+
+
+class Exact(_Scale):
+    promise: ClassVar[Promise] = Promise.EXACT
+
+
+class Close(_Scale):
+    promise: ClassVar[Promise] = Promise.CLOSE
+
+
+class Lossy(_Scale):
+    promise: ClassVar[Promise] = Promise.LOSSY
+
+
+def verified(pass_: Pass, tmp_path: Path) -> Verifier:
+    verifier = Verifier(tmp_path, vocab_size=VOCABULARY)
+    pipeline.run(decoder(), [pass_], Context(), [verifier])
+    return verifier
+
+
+@pytest.mark.parametrize("pass_", [Exact(), Close(), Close(factor=1 + 1e-5), Lossy(factor=2.0)])
+def test_accepts_what_was_promised(pass_: Pass, tmp_path: Path) -> None:
+    verifier = verified(pass_, tmp_path)
+    assert len(verifier.results) == (pass_.promise is not Promise.LOSSY)
+
+
+@pytest.mark.parametrize("pass_", [Exact(factor=1 + 1e-5), Close(factor=9.0), Close(factor=float("nan"))])
+def test_a_broken_promise_names_the_pass_and_the_site_and_keeps_both_models(pass_: Pass, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"block0\.q") as caught:
+        verified(pass_, tmp_path)
+    assert str(pass_) in str(caught.value)
+    folder = Path(str(caught.value.hint).partition(" in ")[2].partition(" (")[0])
+    for name in ("before.onnx", "after.onnx"):
+        Probe(folder / name)
+
+
+def test_compare_sees_what_is_wrong() -> None:
+    right = {"y": np.arange(1.0, 5.0, dtype=np.float32)}
+    assert compare(right, right, is_exact=True) == (None, 0.0)
+    wrong = {
+        "a bit": np.nextafter(right["y"], np.float32(9)),
+        "shape": right["y"].reshape(2, 2),
+        "zeros": right["y"] * 0,
+        "nan": right["y"] * np.float32("nan"),
+        "one percent": right["y"] * np.float32(1.01),
+    }
+    for name, array in wrong.items():
+        assert compare(right, {"y": array}, is_exact=True)[0] is not None, name
+        assert (compare(right, {"y": array}, is_exact=False)[0] is None) == (name == "a bit"), name
+    assert compare(right, {}, is_exact=False)[0] == "output y is gone"
+
+
+def test_a_snapshot_is_the_model_and_its_weights_are_read_from_there(tmp_path: Path) -> None:
+    model = decoder()
+    calls = []
+    linear = find_linears(model)[0]
+    array = linear.w_NK().copy()
+    linear.set_weight(lambda: calls.append(1) or array, "lazy")  # type: ignore[func-returns-value]
+    path = snapshot(model, tmp_path, "one")
+    expected = len(calls)
+    np.testing.assert_array_equal(find_linears(model)[0].w_NK(), array)
+    assert len(calls) == expected
+    assert Probe(path).is_language_model
+
+
+def meter(passes: list[Pass], tmp_path: Path, **options: bool) -> tuple[LossMeter, list[Report]]:
+    watcher = LossMeter(passes, tmp_path, IDS, "test", **options)
+    model = decoder()
+    done = pipeline.run(model, passes, Context(), [watcher])
+    watcher.finish(snapshot(model, tmp_path, "final"))
+    return watcher, [report for _, report in done]
+
+
+def test_each_lossy_pass_is_charged_its_own_cost(tmp_path: Path) -> None:
+    watcher, reports = meter([Close(), Lossy(factor=1.5), Lossy(factor=1.0), Lossy(factor=3.0)], tmp_path)
+    assert "kl" not in reports[0].metrics
+    first, nothing, last = (report.metrics for report in reports[1:])
+    assert first["kl"] == first["kl_added"] > 0
+    assert nothing["kl_added"] == pytest.approx(0, abs=1e-9)
+    assert last["kl"] == pytest.approx(first["kl"] + last["kl_added"])
+    assert watcher.quality["kl"] == last["kl"]
+    assert watcher.quality["tokens"] == IDS.shape[1] - 1
+    assert watcher.quality["perplexity_before"] != watcher.quality["perplexity_after"]
+
+
+def test_the_kl_is_that_of_the_outputs(tmp_path: Path) -> None:
+    _, (report,) = meter([Lossy(factor=1.5)], tmp_path)
+    before = Probe(snapshot(decoder(), tmp_path, "before")).logits(IDS)[0]
+    after = Probe(tmp_path / "final.onnx").logits(IDS)[0]
+    expected = kl_divergence(log_softmax(before), log_softmax(after)).mean()
+    assert report.metrics["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_error_of_weights_and_of_activations_apart(tmp_path: Path) -> None:
+    rtn = find("rtn")(bits=4)  # type: ignore[call-arg]
+    watcher, (report,) = meter([rtn], tmp_path, split=True)
+    assert report.metrics["kl_weights"] > 0
+    parts = watcher.quality["kl_weights"] + watcher.quality["kl_activations"]
+    assert parts == pytest.approx(watcher.quality["kl"])
+    assert not list(tmp_path.glob("*exact-activations*"))
+
+
+def test_a_float_graph_rounds_no_activations(tmp_path: Path) -> None:
+    assert write_with_exact_activations(snapshot(decoder(), tmp_path, "plain")) is None
+
+
+def test_a_model_that_does_not_run_here_is_said_not_fatal(tmp_path: Path) -> None:
+    model = decoder()
+    model.graph[0].domain = "nowhere"
+    model.opset_imports["nowhere"] = 1
+    watcher = LossMeter([Lossy()], tmp_path, IDS)
+    pipeline.run(model, [Lossy()], Context(), [watcher])
+    watcher.finish(tmp_path / "none.onnx")
+    assert watcher.quality["not_measured"]
+
+
+def test_kl_is_zero_for_equal_and_positive_for_different() -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    p, q = log_softmax(logits), log_softmax(2 * logits)
+    np.testing.assert_allclose(np.exp(p).sum(axis=1), 1, rtol=1e-6)
+    assert kl_divergence(p, p).max() == 0
+    assert kl_divergence(p, q).min() > 0
