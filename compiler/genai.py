@@ -71,6 +71,12 @@ def find_cache(model: ir.Model) -> Cache | None:
     )
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model was made for, None when its `config.json` does not say."""
+    text = config.get("text_config") or config
+    return next((text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int)), None)
+
+
 def genai_config(
     model: ir.Model, config: Mapping[str, Any], generation_config: Mapping[str, Any], target: Target
 ) -> dict[str, Any] | None:
@@ -92,7 +98,7 @@ def genai_config(
     vocab_size = vocab if isinstance(vocab, int) else text.get("vocab_size")
     if not isinstance(vocab_size, int):
         return None
-    length = next((text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int)), _DEFAULT_CONTEXT)
+    length = context_length(config) or _DEFAULT_CONTEXT
     heads = _num_attention_heads(model) or text.get("num_attention_heads")
     facts = {
         "head_size": cache.head_size,

@@ -20,8 +20,10 @@ from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
 from onnxpress.compiler.errors import CalibrationError, OptionError
+from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
+from onnxpress.compiler.probe import image_sizes
 from onnxpress.compiler.report import Card
 from onnxpress.compiler.sample_text import sample_tokens
 from onnxpress.compiler.staging import Stage, staged
@@ -202,8 +204,9 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
     if not any(one.promise is Promise.LOSSY for one in passes):
         return None
     if "input_ids" not in {value.name for value in source.model.graph.inputs}:
-        return LossMeter(passes, stage.work, about="random inputs")
-    count = _VERIFIED_TOKENS if verify else _MEASURED_TOKENS
+        sizes = image_sizes(source.config)
+        return LossMeter(passes, stage.work, about="random inputs", sizes=sizes)
+    count = min(_VERIFIED_TOKENS if verify else _MEASURED_TOKENS, context_length(source.config) or _VERIFIED_TOKENS)
     ids, about = sample_tokens(
         source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
     )
@@ -211,7 +214,8 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
 
 
 def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:
-    return Verifier(stage.work, vocab_size=_vocab_size(source), seed=context.seed)
+    sizes = image_sizes(source.config)
+    return Verifier(stage.work, vocab_size=_vocab_size(source), seed=context.seed, sizes=sizes)
 
 
 def _vocab_size(source: models.Source) -> int:

@@ -113,9 +113,14 @@ class Probe:
                 feeds[name] = _random(name, value)
         return feeds
 
-    def random_feeds(self, seed: int = 0) -> dict[str, Array]:
-        """Inputs of any model: random numbers of the declared shapes; the same for every model with these inputs."""
-        return {name: _random(name, value, seed) for name, value in self.inputs.items()}
+    def random_feeds(self, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
+        """Inputs of any model: random numbers of the declared shapes; the same for every model with these inputs.
+
+        Args:
+            seed: of the numbers.
+            sizes: word in the name of a symbolic dimension ("height", "width", "channel", ...) to its size.
+        """
+        return {name: _random(name, value, seed, sizes or {}) for name, value in self.inputs.items()}
 
     def next_cache(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         """What a decoder's outputs are as cache inputs of the next step, paired in the order of declaration."""
@@ -125,6 +130,15 @@ class Probe:
         if all(past in by_name for past in pasts):
             return {past: outputs[by_name[past]] for past in pasts}
         return {past: outputs[present] for past, present in zip(pasts, presents, strict=True)}
+
+
+def image_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of an image model's inputs by the word in the dimension's name, from its `config.json`."""
+    vision = config.get("vision_config") or config
+    side = vision.get("image_size")
+    height, width = side if isinstance(side, list | tuple) and len(side) == 2 else (side, side)
+    found = {"height": height, "width": width, "channel": vision.get("num_channels")}
+    return {word: size for word, size in found.items() if isinstance(size, int)}
 
 
 def log_softmax(logits_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -140,11 +154,11 @@ def kl_divergence(log_p_TV: npt.NDArray[np.float32], log_q_TV: npt.NDArray[np.fl
     return np.maximum(kl_T, 0.0, out=kl_T)
 
 
-def _random(name: str, value: Any, seed: int = 0) -> Array:
+def _random(name: str, value: Any, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Array:
     """Normal numbers for floats, small whole numbers else; seeded by the input's name, so that it is the same for two
     models that declare their inputs in another order."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    shape = _fill(value.shape, {}, None)
+    shape = _fill(value.shape, {}, None, {**_SIZES, **(sizes or {})})
     dtype = _TYPES[value.type]
     if np.issubdtype(dtype, np.floating):
         return rng.standard_normal(shape).astype(dtype)
@@ -153,7 +167,9 @@ def _random(name: str, value: Any, seed: int = 0) -> Array:
     return rng.integers(0, 2 if dtype is np.bool_ else 8, shape).astype(dtype)
 
 
-def _fill(shape: Sequence[Any], given: Mapping[int, int], rest: int | None) -> list[int]:
+def _fill(
+    shape: Sequence[Any], given: Mapping[int, int], rest: int | None, named: Mapping[str, int] | None = None
+) -> list[int]:
     """A shape with numbers for its symbolic dimensions."""
     sizes = []
     for axis, dim in enumerate(shape):
@@ -165,5 +181,5 @@ def _fill(shape: Sequence[Any], given: Mapping[int, int], rest: int | None) -> l
             sizes.append(rest)
         else:
             word = str(dim or "").lower()
-            sizes.append(next((size for key, size in _SIZES.items() if key in word), 2 if axis == 0 else 8))
+            sizes.append(next((size for key, size in (named or {}).items() if key in word), 2 if axis == 0 else 8))
     return sizes

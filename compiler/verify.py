@@ -21,9 +21,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import UserError, VerificationError
+from onnxpress.compiler.errors import UnsupportedModelError, UserError, VerificationError
 from onnxpress.compiler.pass_ import Pass, Promise, Report
 from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
+from onnxpress.compiler.region import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class LossMeter:
         ids: token ids [1, T] to measure on; None for models without text.
         about: where the ids come from, for the card.
         split: also run the finished model without rounding activations, to tell that error from the weights'.
+        sizes: of symbolic dimensions, for models without text; see `Probe.random_feeds`.
         quality: filled by `finish`, for the card.
     """
 
@@ -80,11 +82,13 @@ class LossMeter:
     ids: Ids | None = None
     about: str = ""
     split: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     _reference: Outputs | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
     _pending: Report | None = None
     _position: int = 0
+    _is_causal: bool = False
 
     def before(self, pass_: Pass, model: ir.Model) -> None:
         """Measures the reference before the first LOSSY pass."""
@@ -114,8 +118,8 @@ class LossMeter:
         self._note(self._pending, outputs)
         self.quality |= {**self._metrics, "measured_on": self.about}
         if self.ids is not None:
-            tokens = self.ids.shape[1] - 1
-            self.quality["tokens"] = tokens
+            self.quality["tokens"] = self.ids.shape[1] - 1
+        if self._is_causal:  # a masked language model does not predict the next token
             self.quality["perplexity_before"] = self._perplexity(self._reference["log_probabilities"])
             self.quality["perplexity_after"] = self._perplexity(outputs["log_probabilities"])
         if self.split:
@@ -145,7 +149,8 @@ class LossMeter:
         # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
         probe = Probe(path, optimized=True, prepacked=not is_float)
         if self.ids is None or not probe.is_language_model:
-            return probe.run(probe.random_feeds())
+            return probe.run(probe.random_feeds(sizes=self.sizes))
+        self._is_causal = any("past" in name for name in probe.inputs)
         return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
 
     def _note(self, report: Report, outputs: Outputs) -> None:
@@ -169,7 +174,7 @@ class LossMeter:
         except (UserError, MemoryError, OSError):
             raise
         except Exception as error:  # ORT has one exception type per C++ code
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = first_line(error)
             logger.warning("the loss was not measured: %s", reason)
             self.quality["not_measured"] = reason
             self._reference = None
@@ -184,22 +189,34 @@ class Verifier:
         work_dir: scratch folder for snapshots.
         vocab_size: bound of the sample token ids.
         seed: of the sample inputs.
+        sizes: of symbolic dimensions, for models without text; see `Probe.random_feeds`.
         results: one row per verified pass, for the card.
     """
 
     work_dir: Path
     vocab_size: int = 0
     seed: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     _outputs: Outputs | None = None
     _path: Path | None = None
     _count: int = 0
 
     def before(self, pass_: Pass, model: ir.Model) -> None:
-        """Runs the model as it came, before the first pass."""
+        """Runs the model as it came, before the first pass.
+
+        Raises:
+            UnsupportedModelError: it does not run on inputs made from what the graph declares.
+        """
         if self._path is None:
             self._path = snapshot(model, self.work_dir, "verify0")
-            self._outputs = self._run(self._path)
+            try:
+                self._outputs = self._run(self._path)
+            except Exception as error:  # ORT has one exception type per C++ code
+                raise UnsupportedModelError(
+                    f"verify: the model does not run on sample inputs, even before any pass: {first_line(error)}",
+                    hint="run without --verify",
+                ) from error
 
     def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
         """Compares outputs with those before the pass.
@@ -239,7 +256,7 @@ class Verifier:
     def _run(self, path: Path) -> Outputs:
         probe = Probe(path, threads=1)
         if not probe.is_language_model:
-            return probe.run(probe.random_feeds(self.seed))
+            return probe.run(probe.random_feeds(self.seed, self.sizes))
         return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
 
 

@@ -1,7 +1,8 @@
 """Do-nothing CUDA libraries, so that ONNX Runtime's real CUDA provider loads without a GPU and plans a session.
 
-cuDNN is left out: the provider opens it by name and does without it. The provider asks for a device, its properties and memory; everything else answers "success". Placement, fusion, kernel
-constructors and copies between devices are decided before anything computes, so they are real; nothing may be run.
+cuDNN is left out: the provider opens it by name and does without it. The provider asks for a device, its properties and
+memory; everything else answers "success". Placement, fusion, kernel constructors and copies between devices are decided
+before anything computes, so they are real; nothing may be run.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _converse(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()
     if not quiet:
-        sys.stderr.write(f"{model.choice.reason}. {_HELP}\n")
+        sys.stderr.write(f"running on {model.choice.provider} ({model.choice.reason}); {_HELP}\n")
     beginning = list(history)
     while True:
         try:

@@ -471,6 +471,10 @@ class _Chain:
         given = [ir.AttrInt64(name, int(value)) for name, value in attributes.items()]
         node = ir.Node("", op, inputs, given, name=f"{self.prefix}/{op}_{len(self.nodes)}")
         node.outputs[0].name = f"{self.prefix}/{op}_{len(self.nodes)}.out"
+        # Written down, so that a placement audit can tell shape arithmetic from activations.
+        integer = op in ("Shape", "ArgMax") or (op in ("Gather", "Concat") and inputs[0].dtype == ir.DataType.INT64)
+        dtype = attributes.get("to", ir.DataType.INT64 if integer else ir.DataType.FLOAT)
+        node.outputs[0].type = ir.TensorType(ir.DataType(dtype))
         self.nodes.append(node)
         return node.outputs[0]
 

@@ -1,20 +1,20 @@
-"""Replaces a matrix by the product of two thin ones, its truncated singular value decomposition.
+"""Replaces a weight by the product of two thin ones, its best approximation of that rank.
 
-Paper:   Eckart and Young, Psychometrika 1936: no matrix of rank r is nearer in the Frobenius norm.
-Pays:    r (N + K) < N K; a matrix whose rank does not get below that stays whole, and the report says so. Plain SVD
-         knows nothing of the activations: on a language model the loss is large from a few per cent on. It is here
-         for models that are low-rank already, and as the mechanism that better targets share.
-Axes:    N out features, K in features, r rank
+Plain, data-free SVD: it needs no text and is by far the weakest way to save a byte (a square matrix breaks even at half
+its rank). It pays in prefill, where a MatMul costs what its parameters cost, and as a base for later passes: both factors
+are ordinary linears that can be quantized.
+
+Paper:   Eckart and Young, 1936.
+Axes:    N out features, K in features, R rank
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator
+import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,225 +22,248 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import OptionError
-from onnxpress.compiler.linears import Linear, find_embeddings, find_linears, unique_name
-from onnxpress.compiler.nbits import replace
+from onnxpress.compiler.linears import Linear, drop_unused, find_embeddings, find_linears
+from onnxpress.compiler.nbits import add_initializer, replace
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.roles import KINDS
 
 Floats = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Left singular vectors and singular values of a matrix, largest first.
+    """Eigenvectors of the smaller Gram matrix of a weight, strongest first.
 
     Attributes:
-        u_Nk: orthonormal columns; of the transposed matrix when `is_flipped`.
-        sigma_k: singular values, float64.
-        is_flipped: whether N > K, so that the smaller Gram matrix was that of the columns.
+        vectors: float64 [min(N, K), min(N, K)], one eigenvector a column.
+        energy: squared singular values, descending.
+        right: whether the vectors span the inputs (K <= N) or the outputs.
     """
 
-    u_Nk: Floats
-    sigma_k: Floats
-    is_flipped: bool
+    vectors: Floats
+    energy: Floats
+    right: bool
 
 
 def spectrum(w_NK: Floats) -> Spectrum:
-    """Singular values and vectors from the smaller Gram matrix, in float64.
+    """Squared singular values and the vectors of the smaller side, in float64.
 
-    Args:
-        w_NK: any matrix. Not changed.
-    Cost:   O(N K m + m^3) with m = min(N, K); 2 m^2 + N K doubles.
+    Cost: O(N K min(N, K)); a tenth of a full SVD, at the price of singular values below 1e-8 of the largest.
     """
-    is_flipped = w_NK.shape[0] > w_NK.shape[1]
-    wide = np.asarray(w_NK.T if is_flipped else w_NK, dtype=np.float64)
-    values, vectors = np.linalg.eigh(wide @ wide.T)
-    return Spectrum(vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0)), is_flipped)
+    w = w_NK.astype(np.float64)
+    right = w.shape[1] <= w.shape[0]
+    energy, vectors = np.linalg.eigh(w.T @ w if right else w @ w.T)
+    return Spectrum(vectors[:, ::-1], np.maximum(energy[::-1], 0), right)
 
 
 def factors(w_NK: Floats, found: Spectrum, rank: int) -> tuple[Floats, Floats]:
-    """The best product of rank r: w is about b_Nr @ a_rK, both with the square root of the singular values.
+    """A [K, R] and B [R, N] with x @ A @ B nearest to x @ w^T, of equal norms.
 
-    Laws:   ||w - b a||_F^2 equals the sum of the squared singular values dropped; full rank reproduces w.
+    Laws: ||A B - w^T||_F^2 is the sum of the dropped `energy`; at full rank A B = w^T; A^T A = B B^T = diag(s).
     """
-    u_Nr, sigma_r = found.u_Nk[:, :rank], found.sigma_k[:rank]
-    root = np.sqrt(sigma_r)
-    safe = np.where(root > 0, root, 1.0)
-    thick = u_Nr * root
-    thin = (u_Nr.T @ (w_NK.T if found.is_flipped else w_NK)) / safe[:, None]
-    return (thin.T, thick.T) if found.is_flipped else (thick, thin)
+    w = w_NK.astype(np.float64)
+    vectors = found.vectors[:, :rank]
+    root = np.sqrt(np.sqrt(np.maximum(found.energy[:rank], np.finfo(np.float64).tiny)))
+    if found.right:
+        return vectors * root, (w @ vectors / root).T
+    return w.T @ vectors / root, (vectors * root).T
 
 
-def rank_of_energy(sigma_k: Floats, energy: float) -> int:
-    """The smallest rank whose singular values hold `energy` of the sum of squares."""
-    cumulative = np.cumsum(sigma_k**2)
-    return int(np.searchsorted(cumulative, energy * cumulative[-1])) + 1
+def choose_rank(
+    found: Spectrum, shape: tuple[int, int], *, rank: int | None, energy: float | None, ratio: float | None
+) -> int:
+    """The rank that one of the three options asks for.
+
+    `ratio` is rounded down, `energy` up, to a multiple of 32 (of 8 below 128): blocks of a later quantization then run
+    without padding along the rank.
+    """
+    rows, columns = shape
+    if rank is not None:
+        return min(rank, rows, columns)
+    if ratio is not None:
+        wanted = math.floor((1 - ratio) * rows * columns / (rows + columns))
+        step = 32 if wanted >= 128 else 8
+        return wanted // step * step or wanted
+    assert energy is not None
+    kept = np.cumsum(found.energy)
+    wanted = int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-12))) + 1
+    step = 32 if wanted >= 128 else 8
+    return min(-(-wanted // step) * step, rows, columns)
 
 
-def aligned(rank: int) -> int:
-    """The rank rounded down to a size that kernels and quantization blocks like: 32, or 8 when small."""
-    step = 32 if rank >= 64 else 8
-    return max(rank // step * step, 1) if rank >= step else max(rank, 1)
+@dataclass
+class _Site:
+    """One weight with the linears that multiply with it, and what came of it."""
+
+    linears: list[Linear]
+    rank: int = 0
+    pair: tuple[Floats, Floats] | None = None
+    energy: Floats = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Svd(Pass):
-    """Factorizes linears; give exactly one of rank, energy and ratio."""
+    """Splits linears into two factors of low rank; give one of rank, energy and ratio.
+
+    `ratio=0.3` removes at least 30 % of the parameters of each matrix, `energy=0.95` keeps that share of its squared
+    singular values, `rank=64` is the rank itself. A matrix whose factors would be no smaller than it is left alone, and
+    so is a head that shares its bytes with the embedding.
+    """
 
     promise: ClassVar[Promise] = Promise.LOSSY
-    paper: ClassVar[str] = "Eckart and Young, 1936"
 
-    rank: int | None = None  # the same rank for all
-    energy: float | None = None  # share of the sum of squared singular values to keep, in (0, 1)
-    ratio: float | None = None  # share of each matrix's parameters to remove, in (0, 1)
-    exclude: tuple[str, ...] = ()  # patterns of names that stay whole: "block0.*", "*.down", "head"
+    rank: int | None = None  # of every matrix
+    energy: float | None = None  # share of squared singular values to keep, in (0, 1)
+    ratio: float | None = None  # share of the parameters of each matrix to remove, in (0, 1)
+    kinds: tuple[str, ...] = ()  # roles to split: "q", "gate", "down", ...; () for all
+    exclude: tuple[str, ...] = ()  # patterns of names that stay whole: "block0.*", "*.down"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("rank", "energy", "ratio") if getattr(self, name) is not None]
+        given = [option for option in ("rank", "energy", "ratio") if getattr(self, option) is not None]
         if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise OptionError(f"svd: expected exactly one of rank, energy, ratio, got {found}", hint="svd(ratio=0.3)")
+            raise OptionError(
+                f"svd: expected one of rank, energy and ratio, got {', '.join(given) or 'none'}",
+                hint="write svd(ratio=0.3)",
+            )
         self.check(self.rank is None or self.rank >= 1, "rank", "at least 1")
-        self.check(self.energy is None or 0 < self.energy < 1, "energy", "between 0 and 1", "try 0.99")
-        self.check(self.ratio is None or 0 < self.ratio < 1, "ratio", "between 0 and 1", "0.3 removes 30 %")
+        for option in ("energy", "ratio"):
+            share = getattr(self, option)
+            self.check(share is None or 0 < share < 1, option, "between 0 and 1", "0.3 means 30 %")
+        self.check(set(self.kinds) <= set(KINDS), "kinds", f"among {', '.join(KINDS)}")
 
     @classmethod
     def example(cls, model: ir.Model) -> Svd:
-        return cls(ratio=0.4)
+        return cls(ratio=0.3)
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
-        linears = find_linears(model)
-        self._check_effect(linears)
-        sites = list(self._sites(model, linears, report))
-        lost = total = 0.0
+        sites = self._plan(model, report)
+        error = total = 0.0
         before = after = 0
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            # LAPACK works outside the interpreter's lock, so two matrices at a time keep two cores busy.
-            jobs = [pool.submit(self._factorize, site, context.work_dir) for site in sites]
-            for site, job in zip(context.track(sites, "svd"), jobs, strict=True):
-                found = job.result()
-                if found.rank is None:
-                    report.skip(site.name, found.reason)
-                    continue
-                _install(model.graph, site, found)
-                lost, total = lost + found.lost, total + found.total
-                before += site.num_out * site.num_in
-                after += found.rank * (site.num_out + site.num_in)
-                error = math.sqrt(found.lost / found.total) if found.total else 0.0
-                report.change(site.name, kind=site.kind, shape=list(site.shape), rank=found.rank, weight_error=error)
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="svd") as pool:
+            futures = {id(site): pool.submit(self._decompose, site) for site in sites}
+            try:
+                for site in context.track(sites, "svd"):
+                    futures.pop(id(site)).result()
+                    linear, name = site.linears[0], site.linears[0].name
+                    rows, columns = linear.shape
+                    if site.pair is None:
+                        report.skip(name, self._why_not(site))
+                        continue
+                    kept, whole = float(site.energy[: site.rank].sum()), float(site.energy.sum())
+                    _replace(model.graph, site)
+                    error, total = error + whole - kept, total + whole
+                    before, after = before + rows * columns, after + site.rank * (rows + columns)
+                    report.change(
+                        name,
+                        kind=linear.kind,
+                        shape=[rows, columns],
+                        rank=site.rank,
+                        parameters_before=rows * columns,
+                        parameters_after=site.rank * (rows + columns),
+                        kept_energy=kept / whole if whole else 1.0,
+                        weight_error=math.sqrt(max(1 - kept / whole, 0.0)) if whole else 0.0,
+                    )
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         if sites and not report.changed:
-            option = next(name for name in ("rank", "energy", "ratio") if getattr(self, name) is not None)
+            smallest = min(rows * columns // (rows + columns) for rows, columns in (s.linears[0].shape for s in sites))
             raise OptionError(
-                f"svd: {option}={getattr(self, option)!r} makes no matrix smaller", hint="lower the rank or the energy"
+                f"svd: no matrix gets smaller with {str(self)[4:-1]}",
+                hint=f"the smallest matrix breaks even at rank {smallest}; ask for less",
             )
-        if total:
-            report.metrics["weight_error"] = math.sqrt(lost / total)
-            report.metrics["kept_energy"] = 1 - lost / total
-            report.metrics["parameters_before"], report.metrics["parameters_after"] = before, after
+        if report.changed:
+            report.metrics |= {
+                "weight_error": math.sqrt(error / total) if total else 0.0,
+                "kept_energy": 1 - error / total if total else 1.0,
+                "parameters_before": before,
+                "parameters_after": after,
+            }
         return report
 
-    def _check_effect(self, linears: list[Linear]) -> None:
+    def _plan(self, model: ir.Model, report: Report) -> list[_Site]:
+        linears = find_linears(model)
+        tables = {id(one.head) for one in find_embeddings(model, linears) if one.head is not None}
         for pattern in self.exclude:
-            if not any(fnmatch.fnmatch(one.name, pattern) for one in linears):
-                raise OptionError(f"svd: exclude={pattern!r} matches no linear", hint="onnxpress inspect lists them")
-
-    def _sites(self, model: ir.Model, linears: list[Linear], report: Report) -> Iterator[Linear]:
-        """Linears that can be factorized; the others are skipped with their reason."""
-        tied = {id(one.head.node) for one in find_embeddings(model, linears) if one.head is not None}
+            if not any(fnmatch.fnmatchcase(linear.name, pattern) for linear in linears):
+                raise OptionError(f"svd: exclude={pattern!r} matches no linear", hint="see their names with inspect")
+        for kind in self.kinds:
+            if all(linear.kind != kind for linear in linears):
+                known = ", ".join(sorted({linear.kind for linear in linears}))
+                raise OptionError(f"svd: this model has no linear of kind {kind!r}", hint=f"it has: {known}")
+        sites: dict[tuple[int, bool], _Site] = {}
         for linear in linears:
-            if any(fnmatch.fnmatch(linear.name, pattern) for pattern in self.exclude):
+            if self.kinds and linear.kind not in self.kinds:
+                report.skip(linear.name, "not among the kinds asked for")
+            elif any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in self.exclude):
                 report.skip(linear.name, "excluded")
-            elif linear.holder == "pair":
-                report.skip(linear.name, "is a product of two matrices already")
+            elif linear.factors is not None:
+                report.skip(linear.name, "already a pair of low rank")
             elif linear.is_quantized:
-                report.skip(linear.name, "is quantized already")
-            elif id(linear.node) in tied:
-                report.skip(linear.name, "shares its bytes with the embedding: factors would come on top of the table")
-            elif min(linear.shape) < 8:
-                report.skip(linear.name, "is too thin")
+                report.skip(linear.name, "quantized; decompose before quantizing")
+            elif id(linear) in tables:
+                report.skip(linear.name, "shares its bytes with the embedding")
             else:
-                yield linear
+                key = id(linear.weight), linear.holder == "MatMul"
+                sites.setdefault(key, _Site([])).linears.append(linear)
+        return list(sites.values())
 
-    def _factorize(self, site: Linear, work_dir: Path | None) -> _Factors:
-        w_NK = site.w_NK()
-        rows, columns = w_NK.shape
+    def _decompose(self, site: _Site) -> None:
+        """Fills in rank and factors; no factors where they would not be smaller than the matrix."""
+        linear = site.linears[0]
+        rows, columns = linear.shape
         break_even = rows * columns / (rows + columns)
         if self.rank is not None and self.rank >= break_even:
-            return _Factors(reason=_above(self.rank, break_even))
+            site.rank = self.rank
+            return
+        w_NK = linear.w_NK()
+        if not np.isfinite(w_NK).all():
+            return
         found = spectrum(w_NK)
-        if self.energy is not None:
-            rank = rank_of_energy(found.sigma_k, self.energy)
-        else:
-            rank = self.rank if self.rank is not None else int((1 - (self.ratio or 0.0)) * break_even)
-        rank = aligned(rank) if self.rank is None else rank
-        if rank >= break_even:
-            return _Factors(reason=_above(rank, break_even))
-        b_Nr, a_rK = factors(w_NK, found, rank)
-        energies = found.sigma_k**2
-        dtype = site.weight.dtype or ir.DataType.FLOAT
-        stored = (
-            _stored(array, dtype, work_dir, f"{site.name}.{end}") for array, end in ((a_rK.T, "A"), (b_Nr.T, "B"))
-        )
-        first, second = stored
-        return _Factors(rank, first, second, float(energies[rank:].sum()), float(energies.sum()))
+        site.energy = found.energy
+        site.rank = choose_rank(found, linear.shape, rank=self.rank, energy=self.energy, ratio=self.ratio)
+        if 1 <= site.rank < break_even:
+            first, second = factors(w_NK, found, site.rank)
+            assert linear.weight.const_value is not None
+            dtype = linear.weight.const_value.dtype.numpy()
+            site.pair = np.ascontiguousarray(first, dtype), np.ascontiguousarray(second, dtype)
+
+    def _why_not(self, site: _Site) -> str:
+        if site.rank == 0:
+            return "weights are not finite" if not site.energy.size else "the matrix is too small"
+        return "at this rank the factors would be no smaller than the matrix"
 
 
-@dataclass
-class _Factors:
-    rank: int | None = None
-    first_Kr: Floats | None = None
-    second_rN: Floats | None = None
-    lost: float = 0.0
-    total: float = 0.0
-    reason: str = ""
-
-
-def _above(rank: int, break_even: float) -> str:
-    return f"rank {rank} does not pay: below {math.ceil(break_even)} it would"
-
-
-def _stored(array: Floats, dtype: ir.DataType, work_dir: Path | None, name: str) -> Floats:
-    """The factor in its storage type; in a memory-mapped file where there is a work directory."""
-    final = np.ascontiguousarray(array, dtype=dtype.numpy())
-    if work_dir is None:
-        return final
-    path = work_dir / f"svd-{name.replace('/', '_')}.npy"
-    np.save(path, final)
-    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
-
-
-def _install(graph: ir.Graph, site: Linear, found: _Factors) -> None:
-    """x W^T becomes (x A) B; the bias of a Gemm becomes an Add."""
-    first = _initializer(graph, found.first_Kr, f"{site.name}.A")
-    second = _initializer(graph, found.second_rN, f"{site.name}.B")
-    node = site.node
-    low = ir.Node("", "MatMul", [site.activation, first], name=f"{site.name}.A")
-    back = ir.Node("", "MatMul", [low.outputs[0], second], name=f"{site.name}.B")
-    nodes = [low, back]
-    if site.holder == "Gemm" and site.bias is not None:
-        nodes.append(ir.Node("", "Add", [back.outputs[0], site.bias], name=f"{site.name}.bias"))
-    for one, width in zip(nodes, (found.rank, site.num_out, site.num_out), strict=False):
-        output = one.outputs[0]
-        output.name = f"{one.name}.out"
-        lead = list(node.outputs[0].shape)[:-1] if node.outputs[0].shape is not None else None
-        output.shape = None if lead is None else ir.Shape([*lead, width])
-        output.type = node.outputs[0].type
-    operands = [value for value in node.inputs if value is not None]
-    replace(graph, node, [node], nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
-    for value in operands:
-        source = value.producer()
-        if source is not None and source.op_type == "Transpose" and not value.uses():
-            operands += [one for one in source.inputs if one is not None]
-            graph.remove(source, safe=True)
-        elif value.is_initializer() and not value.uses() and value.name is not None:
-            del graph.initializers[value.name]
-
-
-def _initializer(graph: ir.Graph, array: Floats | None, base: str) -> ir.Value:
-    assert array is not None
-    name = unique_name(graph, base)
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+def _replace(graph: ir.Graph, site: _Site) -> None:
+    """Puts two MatMuls (and the Add of a Gemm's bias) in the place of each linear of the site."""
+    assert site.pair is not None
+    first, second = (
+        add_initializer(graph, f"{site.linears[0].name}.{end}", array)
+        for end, array in zip("AB", site.pair, strict=True)
+    )
+    site.pair = None
+    for linear in site.linears:
+        node, old_weight = linear.node, linear.weight
+        activation = node.inputs[0]
+        assert activation is not None
+        narrow = ir.Node("", "MatMul", [activation, first], name=f"{node.name}/A")
+        middle = narrow.outputs[0]
+        middle.name, middle.type = f"{linear.output.name}/{site.rank}", linear.output.type
+        if linear.output.shape is not None:
+            middle.shape = ir.Shape([*list(linear.output.shape)[:-1], site.rank])
+        wide = ir.Node("", "MatMul", [middle, second], name=f"{node.name}/B")
+        nodes = [narrow, wide]
+        if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            wide.outputs[0].name = f"{linear.output.name}/product"
+            wide.outputs[0].shape, wide.outputs[0].type = linear.output.shape, linear.output.type
+            nodes.append(ir.Node("", "Add", [wide.outputs[0], node.inputs[2]], name=f"{node.name}/bias"))
+        old = [node]
+        if linear.holder == "Transpose+MatMul":
+            turned = node.inputs[1].producer()  # type: ignore[union-attr]
+            if turned is not None and len(turned.outputs[0].uses()) == 1 and not turned.outputs[0].is_graph_output():
+                old.insert(0, turned)
+        replace(graph, node, old, nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
+        linear.node, linear.weight = wide, second
+        drop_unused(graph, old_weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_blocks_are_the_layers(tiny_export: Export, tmp_path: Path, architecture
     assert len(blocks) == layers
     assert [len(block.residuals) for block in blocks] == [2] * layers
     assert all(block.has_attention for block in blocks)
-    for one, two in zip(blocks, blocks[1:], strict=False):
+    for one, two in itertools.pairwise(blocks):
         assert one.stream_out is uncast(two.stream_in)
     covered = [id(node) for block in blocks for node in block.nodes]
     assert len(covered) == len(set(covered)), "a node belongs to two blocks"

@@ -13,8 +13,6 @@ from decoders import write_decoder
 
 from onnxpress.runtime.session import DecoderSession
 
-KINDS = ("growing", "fused", "lengths")
-
 
 @pytest.fixture(scope="session")
 def decoder_path(tiny_export: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

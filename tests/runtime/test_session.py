@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import KINDS
+
 from decoders import decoder as random_decoder
 from decoders import write_decoder
 
@@ -15,6 +15,7 @@ from onnxpress.compiler.errors import BadModelFileError, OptionError, Unsupporte
 from onnxpress.runtime import session as sessions
 from onnxpress.runtime.session import DecoderSession, as_float32, positions_of
 
+KINDS = ("growing", "fused", "lengths")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 LENGTH = 12
 
