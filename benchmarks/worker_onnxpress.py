@@ -9,9 +9,7 @@ from typing import Any
 
 from worker import serve, timed_generation
 
-from onnxpress.runtime.generate import Generator
-from onnxpress.runtime.sampling import GenerationOptions
-from onnxpress.runtime.session import DecoderSession
+from onnxpress.runtime import DecoderSession, GenerationOptions, Generator
 
 
 def main(directory: str, threads: int) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from onnxpress.compiler.errors import BadModelFileError
 from onnxpress.models import onnx_file
 from onnxpress.models.source import COMPANION_FILES, Source
+
+T = TypeVar("T")
 
 MANIFEST = "onnxpress.json"
 GENAI_CONFIG = "genai_config.json"
@@ -94,12 +99,13 @@ def onnx_source(
         config = _config_from_genai(genai)
     if genai and not generation_config:
         generation_config = {key: config[key] for key in _GENAI_GENERATION if key in config}
+    hashing = None
     if provenance is None:
         provenance = {
             "format": "onnx",
             "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
-            "files": hashes([graph, *onnx_file.data_files(model)]),
         }
+        hashing = _in_thread(hashes, [graph, *onnx_file.data_files(model)])
     if manifest := _first_json(MANIFEST, beside):
         provenance["artifact"] = manifest
         kind = "artifact" if kind == "onnx" else kind
@@ -112,8 +118,23 @@ def onnx_source(
         config=config,
         generation_config=generation_config,
         files=companions(*beside),
-        provenance=provenance,
+        facts=provenance,
+        hashing=hashing,
     )
+
+
+def _in_thread(function: Callable[[list[Path]], T], paths: list[Path]) -> Future[T]:
+    """The result of `function(paths)`, computed beside the caller; dies with the process."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(paths))
+        except BaseException as error:  # handed to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="onnxpress-hash", daemon=True).start()
+    return future
 
 
 def hashes(paths: list[Path]) -> dict[str, dict[str, Any]]:

@@ -327,7 +327,8 @@ def _tensors(model: ir.Model) -> Iterator[tuple[ir.Value | None, ir.TensorProtoc
                 if attribute.is_ref() or attribute.value is None:
                     continue
                 if attribute.type == ir.AttributeType.TENSOR:
-                    yield None, attribute.as_tensor()
+                    # Not `as_tensor()`: its check against a protocol takes longer than all else here.
+                    yield None, attribute.value
                 elif attribute.type == ir.AttributeType.TENSORS:
                     yield from ((None, tensor) for tensor in attribute.as_tensors())
                 elif attribute.type == ir.AttributeType.GRAPH:

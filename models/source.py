@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Source:
         config: the Hugging Face `config.json`, {} when there is none.
         generation_config: `generation_config.json`, {} when there is none.
         files: companion files (tokenizer, chat template) by name.
-        provenance: exporter, versions, hashes, source files; goes into the card.
+        facts: exporter, versions, formats; part of `provenance`.
+        hashing: size and SHA-256 of the source files, on their way from a thread: hashing a large file takes longer
+            than everything else about loading it.
     """
 
     model: ir.Model
@@ -51,4 +54,13 @@ class Source:
     config: dict[str, Any] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    hashing: Future[dict[str, dict[str, Any]]] | None = field(default=None, repr=False)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Exporter, versions, hashes, source files; goes into the card. Waits for the hashes."""
+        if self.hashing is not None:
+            self.facts["files"] = self.hashing.result()
+            self.hashing = None
+        return self.facts

@@ -20,13 +20,14 @@ __all__ = ["fp32", "fuse", "int4", "int4_small", "int8"]
 def fuse(target: Target) -> tuple[Pass, ...]:
     """Canonicalizes and fuses everything that has a kernel; float16 where the target wants it."""
     fused: tuple[Pass, ...] = (
-        Simplify(),
+        Simplify(shapes=False),
         FuseRmsnorm(),
         FuseRotary(),
         FuseAttention(),
         FuseSkipRmsnorm(),
         FuseSwiglu(),
         PackQkv(),
+        Simplify(),
     )
     return (*fused, CastFloat16()) if target.provider == "cuda" else fused
 

@@ -229,9 +229,9 @@ def _describe(
 
 
 def detokenize_wikitext(text: str) -> str:
-    """Undoes the tokenisation of WikiText: ` @-@ `, spaces around punctuation, brackets, quotes and line ends.
+    """Undoes the tokenisation of WikiText: ` @-@ `, blanks around punctuation, brackets, quotes and line ends.
 
-    `<unk>` stays. Other texts pass almost unchanged, for their punctuation does not stand alone.
+    `<unk>` stays. Only for text that was tokenised so: in other text a blank before a stop may be meant.
     """
     for pattern, replacement in _DETOKENIZE:
         text = pattern.sub(replacement, text)
@@ -239,15 +239,14 @@ def detokenize_wikitext(text: str) -> str:
 
 
 _DETOKENIZE = [
-    (re.compile(pattern), replacement)
+    (re.compile(pattern, re.MULTILINE), replacement)
     for pattern, replacement in (
         (r" @([-,.])@ ", r"\1"),
-        (r" ([.,;:!?])(?=\s|$)", r"\1"),
-        (r"\( *([^()]*?) *\)", r"(\1)"),
-        (r"\[ *([^\[\]]*?) *\]", r"[\1]"),
-        (r'" *([^"\n]*?) *"', r'"\1"'),
-        (r" (n't|'(?:s|re|ve|ll|d|m))\b", r"\1"),
+        (r" ([.,;:!?)\]])", r"\1"),
+        (r"([(\[]) ", r"\1"),
+        (r" (n't|'(?:s|t|re|ve|ll|d|m))\b", r"\1"),
         (r"s ' ", "s' "),
-        (r" ?\n ?", "\n"),
+        (r'" ([^"]*?) "', r'"\1"'),
+        (r"^ +| +$", ""),
     )
 ]

@@ -217,9 +217,6 @@ class Generator:
             if shown:
                 result.text += shown
                 yield shown
-        except GeneratorExit:
-            result.finish_reason = "cancelled"
-            raise
         finally:
             tokens.close()  # type: ignore[attr-defined]
 

@@ -164,7 +164,8 @@ def _largest(scores_V: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.in
     else:
         tokens = np.arange(scores_V.size)
     scores = scores_V[tokens]
-    return tokens[scores >= np.partition(scores, -count)[-count]]
+    largest: npt.NDArray[np.int64] = tokens[scores >= np.partition(scores, -count)[-count]]
+    return largest
 
 
 class StopMatcher:

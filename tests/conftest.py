@@ -13,21 +13,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """`tiny_export(architecture, exporter)`: directory with the exported graph of a small random model."""
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_export(architecture, exporter="optimum")`: directory with the exported graph of a small random model."""
     from onnxpress import models
     from onnxpress.models.tiny import save_tiny
 
     root = tmp_path_factory.mktemp("tiny")
 
     @functools.cache
-    def export(architecture: str, exporter: str = "optimum") -> Path:
+    def make(architecture: str, exporter: str) -> Path:
         checkpoint = root / architecture
         if not checkpoint.exists():
             save_tiny(architecture, checkpoint)
         work = root / f"{architecture}-{exporter}"
         work.mkdir()
         return models.load(checkpoint, work_dir=work, exporter=exporter).directory
+
+    def export(architecture: str, exporter: str = "optimum") -> Path:
+        return make(architecture, exporter)
 
     return export
 

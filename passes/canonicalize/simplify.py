@@ -25,7 +25,23 @@ from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 IR_VERSION = 10
 NEWEST_OPSET = 24
 _LARGE = 4096  # elements from which on a weight is worth sharing
-_MAX_ROUNDS = 4
+_LARGEST_FOLDED = 1024  # elements; larger constants (rotary tables) are cheaper to compute at load than to store
+_MAX_ROUNDS = 6
+# Folded by numpy, these may differ from ONNX Runtime's kernels in the last bit.
+_ROUNDS_OTHERWISE = (
+    "Cos",
+    "Sin",
+    "Exp",
+    "Log",
+    "Tanh",
+    "Erf",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Softmax",
+    "MatMul",
+    "Gemm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +49,8 @@ class Simplify(Pass):
     """Brings graphs of different exporters to one form, without changing a result."""
 
     promise: ClassVar[Promise] = Promise.EXACT
+
+    shapes: bool = True  # fold what follows from known sizes too; slow before fusion, where thousands of nodes do it
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -44,10 +62,12 @@ class Simplify(Pass):
             report.change(f"input {value.name}")
         before = len(graph)
         logging.getLogger("onnxscript").setLevel(logging.WARNING)
-        for _ in range(_MAX_ROUNDS):
+        for number in range(_MAX_ROUNDS):
             size = len(graph)
-            _fold(model)
-            if len(graph) == size:
+            _fold(model, self.shapes)
+            if number == 0 and not self.shapes:
+                _infer_shapes(model)  # once for all nodes: types tell which casts do nothing
+            elif len(graph) == size:
                 break
         if before != len(graph):
             report.change("graph", nodes_before=before, nodes_after=len(graph))
@@ -63,20 +83,28 @@ class Simplify(Pass):
             report.skip(
                 f"opset {model.opset_imports['']}", "newer than what ONNX Runtime is known to run; left as it is"
             )
-        _infer_shapes(model)
+        if self.shapes:
+            _infer_shapes(model)
         if lifted and not report.changed:
             report.change("constants")
         return report
 
 
-def _fold(model: ir.Model) -> None:
+def _fold(model: ir.Model, shapes: bool) -> None:
     """One round of folding and clean-up; a folded value can make the next one foldable."""
-    optimizer.fold_constants(model, onnx_shape_inference=True)
+    optimizer.fold_constants(
+        model, onnx_shape_inference=shapes, output_size_limit=_LARGEST_FOLDED, should_fold=_may_fold
+    )
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.DeduplicateInitializersPass()(model)
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """False forbids, None leaves it to onnxscript."""
+    return False if node.op_type in _ROUNDS_OTHERWISE else None
 
 
 def _infer_shapes(model: ir.Model) -> None:

@@ -1,8 +1,8 @@
 """Replaces a weight by the product of two thin ones, its best approximation of that rank.
 
 Plain, data-free SVD: it needs no text and is by far the weakest way to save a byte (a square matrix breaks even at half
-its rank). It pays in prefill, where a MatMul costs what its parameters cost, and as a base for later passes: both factors
-are ordinary linears that can be quantized.
+its rank). It pays in prefill, where a MatMul costs what its parameters cost, and as a base for later passes: both
+factors are ordinary linears that can be quantized.
 
 Paper:   Eckart and Young, 1936.
 Axes:    N out features, K in features, R rank
@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import Linear, drop_unused, find_embeddings, find_linears
@@ -141,33 +143,26 @@ class Svd(Pass):
         sites = self._plan(model, report)
         error = total = 0.0
         before = after = 0
-        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="svd") as pool:
-            futures = {id(site): pool.submit(self._decompose, site) for site in sites}
-            try:
-                for site in context.track(sites, "svd"):
-                    futures.pop(id(site)).result()
-                    linear, name = site.linears[0], site.linears[0].name
-                    rows, columns = linear.shape
-                    if site.pair is None:
-                        report.skip(name, self._why_not(site))
-                        continue
-                    kept, whole = float(site.energy[: site.rank].sum()), float(site.energy.sum())
-                    _replace(model.graph, site)
-                    error, total = error + whole - kept, total + whole
-                    before, after = before + rows * columns, after + site.rank * (rows + columns)
-                    report.change(
-                        name,
-                        kind=linear.kind,
-                        shape=[rows, columns],
-                        rank=site.rank,
-                        parameters_before=rows * columns,
-                        parameters_after=site.rank * (rows + columns),
-                        kept_energy=kept / whole if whole else 1.0,
-                        weight_error=math.sqrt(max(1 - kept / whole, 0.0)) if whole else 0.0,
-                    )
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for site in _decomposed(sites, self._decompose, context):
+            linear, name = site.linears[0], site.linears[0].name
+            rows, columns = linear.shape
+            if site.pair is None:
+                report.skip(name, self._why_not(site))
+                continue
+            kept, whole = float(site.energy[: site.rank].sum()), float(site.energy.sum())
+            _replace(model.graph, site)
+            error, total = error + whole - kept, total + whole
+            before, after = before + rows * columns, after + site.rank * (rows + columns)
+            report.change(
+                name,
+                kind=linear.kind,
+                shape=[rows, columns],
+                rank=site.rank,
+                parameters_before=rows * columns,
+                parameters_after=site.rank * (rows + columns),
+                kept_energy=kept / whole if whole else 1.0,
+                weight_error=math.sqrt(max(1 - kept / whole, 0.0)) if whole else 0.0,
+            )
         if sites and not report.changed:
             smallest = min(rows * columns // (rows + columns) for rows, columns in (s.linears[0].shape for s in sites))
             raise OptionError(
@@ -236,6 +231,23 @@ class Svd(Pass):
         return "at this rank the factors would be no smaller than the matrix"
 
 
+def _decomposed(sites: list[_Site], decompose: Callable[[_Site], None], context: Context) -> Iterator[_Site]:
+    """The sites in order, decomposed by one thread a core.
+
+    The linear algebra library gets one thread: its own wait in a loop for each other, which on a busy machine takes ten
+    times as long as the work.
+    """
+    pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="svd")
+    with threadpool_limits(1, user_api="blas"):
+        try:
+            futures = [pool.submit(decompose, site) for site in sites]
+            for site, future in zip(context.track(sites, "svd"), futures, strict=True):
+                future.result()
+                yield site
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _replace(graph: ir.Graph, site: _Site) -> None:
     """Puts two MatMuls (and the Add of a Gemm's bias) in the place of each linear of the site."""
     assert site.pair is not None
@@ -248,17 +260,18 @@ def _replace(graph: ir.Graph, site: _Site) -> None:
         node, old_weight = linear.node, linear.weight
         activation = node.inputs[0]
         assert activation is not None
-        narrow = ir.Node("", "MatMul", [activation, first], name=f"{node.name}/A")
+        name = node.name or str(linear.output.name)
+        narrow = ir.Node("", "MatMul", [activation, first], name=f"{name}/A")
         middle = narrow.outputs[0]
         middle.name, middle.type = f"{linear.output.name}/{site.rank}", linear.output.type
         if linear.output.shape is not None:
             middle.shape = ir.Shape([*list(linear.output.shape)[:-1], site.rank])
-        wide = ir.Node("", "MatMul", [middle, second], name=f"{node.name}/B")
+        wide = ir.Node("", "MatMul", [middle, second], name=name)  # the pair keeps the name of the linear
         nodes = [narrow, wide]
         if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
             wide.outputs[0].name = f"{linear.output.name}/product"
             wide.outputs[0].shape, wide.outputs[0].type = linear.output.shape, linear.output.type
-            nodes.append(ir.Node("", "Add", [wide.outputs[0], node.inputs[2]], name=f"{node.name}/bias"))
+            nodes.append(ir.Node("", "Add", [wide.outputs[0], node.inputs[2]], name=f"{name}/bias"))
         old = [node]
         if linear.holder == "Transpose+MatMul":
             turned = node.inputs[1].producer()  # type: ignore[union-attr]

@@ -212,8 +212,7 @@ def round_matrix(
             if zero is not None and zero_GN is not None:
                 zero[band, part] = zero_GN.T
             loss += float(loss_GN.sum(dtype=np.float64))
-            flat = w_GbN.reshape(-1)
-            norm += float(flat @ flat)
+            norm += float(np.einsum("gbn,gbn->gn", w_GbN, w_GbN).sum(dtype=np.float64))
     packed = None if zero is None else packing.pack_zero_points(zero, bits)
     return CodedMatrix(codes, scale, packed, columns, bits, block_size), loss, norm
 

@@ -118,7 +118,7 @@ def test_the_worst_tokens_are_found_and_readable(decoder, tmp_path):
 def test_wrong_requests_are_one_line(decoder):
     session = decoder("fused")
     with pytest.raises(CalibrationError, match="at least 2 tokens"):
-        perplexity(session, [1])
+        perplexity(session, [1], context=16)
     with pytest.raises(CalibrationError, match="token ids"):
         perplexity(session, [1, 10**7], context=16)
     with pytest.raises(OptionError, match="above 1"):

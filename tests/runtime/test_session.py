@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 import pytest
-
 from decoders import decoder as random_decoder
 from decoders import write_decoder
 

@@ -32,7 +32,8 @@ def test_says_what_a_parser_says(tmp_path, external):
 
 def test_sees_into_subgraphs(tmp_path):
     text = """<ir_version: 10, opset_import: ["" : 18]> g (bool c, float[2] x) => (float[2] y) {
-        y = If (c) <then_branch = a () => (float[2] p) { p = Neg(x) }, else_branch = b () => (float[2] q) { q = Abs(x) }>
+        y = If (c) <then_branch = a () => (float[2] p) { p = Neg(x) },
+                    else_branch = b () => (float[2] q) { q = Abs(x) }>
     }"""
     ir.save(ir.from_onnx_text(text), tmp_path / "if.onnx")
     found = skeleton.read(tmp_path / "if.onnx")
@@ -54,7 +55,12 @@ def test_refuses_what_is_no_model(tmp_path):
     whole = tmp_path / "model.onnx"
     ir.save(decoder(), whole)
     content = whole.read_bytes()
-    cases = {"empty": b"", "text": b"this is not protobuf at all", "cut": content[: len(content) // 2], "zeros": bytes(64)}
+    cases = {
+        "empty": b"",
+        "text": b"this is not protobuf at all",
+        "cut": content[: len(content) // 2],
+        "zeros": bytes(64),
+    }
     for name, data in cases.items():
         path = tmp_path / name
         path.write_bytes(data)

@@ -130,7 +130,7 @@ def reconfigure(directory, **changes):
 
 
 CONVERSATIONS = (
-    [{"role": "user", "content": "Hello <there> & \"you\" é"}],
+    [{"role": "user", "content": 'Hello <there> & "you" é'}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
@@ -211,7 +211,7 @@ def test_the_configuration_decides_about_the_first_and_last_token(directory):
 
 
 def test_missing_and_broken_files_are_one_line(tmp_path):
-    with pytest.raises(BadModelFileError, match="expected tokenizer.json"):
+    with pytest.raises(BadModelFileError, match=r"expected tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadModelFileError, match="not a tokenizer"):
