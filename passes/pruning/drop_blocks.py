@@ -44,6 +44,7 @@ _PLAIN = {
 }
 _FIRST, _LAST = 2, 1  # blocks at the ends that are never chosen: without them a model stops making sense
 _BATCH, _TOKENS = 4, 64
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
 
 
@@ -150,7 +151,7 @@ def _influences(model: ir.Model, blocks: list[Block], context: Context) -> list[
         path = Path(scratch) / "streams.onnx"
         untyped = [value for value in extra if value.dtype is None]
         for value in untyped:
-            value.dtype = context.target.dtype if graph.inputs else ir.DataType.FLOAT
+            value.dtype = next((one.dtype for one in graph.outputs if one.dtype in _FLOATS), ir.DataType.FLOAT)
         graph.outputs.extend(extra)
         try:
             ir.save(model, path, external_data="streams.onnx.data")
@@ -249,21 +250,26 @@ def _renormed(graph: ir.Graph, stream: ir.Value, join: ir.Node, inside: set[int]
     source = stream.producer()
     candidates = [*_readers(stream), *([source] if source is not None else [])]
     plain = _PLAIN[join.op_type]
+    # SkipLayerNormalization alone has another default than the plain norms: always write it out.
+    epsilon = join.attributes.get("epsilon", ir.AttrFloat32("epsilon", 1e-12))
     for norm in candidates:
         if norm is join or norm.op_type not in (plain, join.op_type):
             continue
         own_gamma, own_beta, own_sum = _NORMS[norm.op_type]
-        reads = norm.inputs[0] is stream if own_sum is None else norm.outputs[own_sum] is stream
+        if own_sum is None:
+            is_before = norm.inputs[0] is stream
+        else:
+            is_before = len(norm.outputs) > own_sum and norm.outputs[own_sum] is stream
         readers = [node for node in _readers(norm.outputs[0]) if node.op_type not in _SHAPE_ONLY]
-        if reads and not norm.outputs[0].is_graph_output() and all(id(node) in inside for node in readers):
+        is_free = not norm.outputs[0].is_graph_output() and all(id(node) in inside for node in readers)
+        takes_beta = len(weights) < 2 or (own_beta is not None and len(norm.inputs) > own_beta)
+        if is_before and is_free and takes_beta:
             norm.replace_input_with(own_gamma, weights[0])
-            if own_beta is not None and len(weights) > 1 and len(norm.inputs) > own_beta:
+            if len(weights) > 1 and own_beta is not None:
                 norm.replace_input_with(own_beta, weights[1])
-            elif len(weights) > 1 and weights[1] is not None:
-                continue
-            norm.attributes["epsilon"] = join.attributes["epsilon"]
+            norm.attributes["epsilon"] = epsilon
             return norm.outputs[0]
-    norm = ir.Node("", plain, [stream, *weights], list(join.attributes.values()), name=f"{join.name}/norm")
+    norm = ir.Node("", plain, [stream, *weights], [epsilon], name=f"{join.name}/norm")
     norm.outputs[0].shape, norm.outputs[0].type = join.outputs[0].shape, join.outputs[0].type
     norm.outputs[0].name = f"{join.outputs[0].name}/renormed"
     graph.append(norm)
