@@ -35,6 +35,11 @@ class Fuser:
     report: Report
     seed: int = 0
     verdicts: dict[str, str | None] = field(default_factory=dict)
+    inserted: list[ir.Node] = field(default_factory=list)
+    weights_before: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.weights_before = set(self.model.graph.initializers)
 
     def verdict(
         self,
@@ -104,15 +109,30 @@ class Fuser:
 
     def insert(self, nodes: Sequence[ir.Node]) -> None:
         """Adds nodes at the end; `finish` sorts the graph."""
-        self.model.graph.extend([node for node in nodes if node.graph is None])
+        fresh = [node for node in nodes if node.graph is None]
+        self.model.graph.extend(fresh)
+        self.inserted += fresh
         for node in nodes:
             if node.domain:
                 self.model.opset_imports.setdefault(node.domain, 1)
 
     def finish(self) -> None:
-        """Sorts the graph and removes what the fusions left unused."""
-        self.model.graph.sort()
-        common.RemoveUnusedNodesPass()(self.model)
+        """Sorts the graph and removes what the fusions left unused; without any fusion the graph is as it was."""
+        graph = self.model.graph
+        if self.report.changed:
+            graph.sort()
+            common.RemoveUnusedNodesPass()(self.model)
+            return
+        graph.remove(self.inserted[::-1], safe=True)
+        for name in set(graph.initializers) - self.weights_before:
+            del graph.initializers[name]
+
+
+def discard(nodes: Iterable[ir.Node]) -> None:
+    """Takes nodes that did not make it into a graph off the values they read: they would count as readers for ever."""
+    for node in nodes:
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
 
 
 def scalar(value: ir.Value | None) -> float | None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, constant, other, producer, split_scalar
+from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer, split_scalar
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, first_line, random_feed, run
 
@@ -52,6 +52,7 @@ class FuseAttention(Pass):
                 builder.fuse(site, found)
             except NotCuttable as reason:
                 report.skip(site, str(reason))
+        discard(builder.pending)
         builder.fuser.finish()
         return report
 
@@ -316,6 +317,7 @@ class _Builder:
                 facts = {"scale": found.scale, "window": local, "softcap": found.softcap}
                 self.fuser.replace(site, outputs, news, nodes, **facts)
                 return
+            discard(nodes)
         raise NotCuttable(reason or "no form agrees")
 
     def _mask_input(self, found: _Attention) -> ir.Value:
@@ -369,11 +371,11 @@ class _Builder:
 
     def _nodes(self, found: _Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
         """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
+        seqlens, total, bias = self._lengths(mask_input)
         before: list[ir.Node] = []
         heads = (found.num_heads, found.num_kv_heads, found.num_kv_heads)
         operands_in = zip((found.q, found.k, found.v), heads, strict=True)
         q, k, v = (self._joined(found, value, count * found.head_size, before) for value, count in operands_in)
-        seqlens, total, bias = self._lengths(mask_input)
         attributes: list[Any] = [
             ir.AttrInt64("num_heads", found.num_heads),
             ir.AttrInt64("kv_num_heads", found.num_kv_heads),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, constant, last_axis, other, producer, scalar, vector
+from onnxpress.compiler.fusing import Fuser, constant, discard, last_axis, other, producer, scalar, vector
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
 
@@ -36,6 +36,7 @@ class FuseRmsnorm(Pass):
             new = _build(model.graph, found)
             reason = fuser.verdict([found.x], [found.output], [new.outputs[0]])
             if reason is not None:
+                discard([new])
                 report.skip(site, reason)
                 continue
             fuser.replace(site, [found.output], [new.outputs[0]], [new])

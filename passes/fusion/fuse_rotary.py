@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from onnxpress.compiler.fusing import Fuser, constant, other, producer
+from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, Region, build_model, random_feed
 
@@ -62,6 +62,7 @@ class FuseRotary(Pass):
             outputs = [node.outputs[0]]
             reason = fuser.verdict([found.x], outputs, [new.outputs[0]], feeds)
             if reason is not None:
+                discard([new])
                 report.skip(site, reason)
                 continue
             fuser.replace(site, outputs, [new.outputs[0]], [new])

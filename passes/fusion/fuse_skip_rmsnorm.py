@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, producer
+from onnxpress.compiler.fusing import Fuser, discard, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
 
@@ -43,12 +43,14 @@ class FuseSkipRmsnorm(Pass):
             outputs = [norm.outputs[0], add.outputs[0]]
             reason = fuser.verdict([left, right], outputs, [new.outputs[0], new.outputs[3]])
             if reason is not None:
+                discard([new])
                 report.skip(site, reason)
                 continue
             is_sum_read = len(add.outputs[0].uses()) > 1 or add.outputs[0].is_graph_output()
             if is_sum_read:
                 fuser.replace(site, outputs, [new.outputs[0], new.outputs[3]], [new])
             else:
+                discard([new])
                 new = _build(norm, left, right, with_sum=False)
                 fuser.replace(site, outputs[:1], [new.outputs[0]], [new])
         fuser.finish()

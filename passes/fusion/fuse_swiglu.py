@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, other
+from onnxpress.compiler.fusing import Fuser, discard, other
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
 
@@ -42,6 +42,7 @@ class FuseSwiglu(Pass):
             new = ir.Node("com.microsoft", "QuickGelu", [x], alpha, name=f"{output.name}/silu")
             reason = fuser.verdict([x], [output], [new.outputs[0]])
             if reason is not None:
+                discard([new])
                 report.skip(site, reason)
                 continue
             fuser.replace(site, [output], [new.outputs[0]], [new])
