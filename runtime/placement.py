@@ -22,6 +22,8 @@ from onnxpress.runtime.session import open_session
 from onnxpress.runtime.skeleton import Skeleton, check_external_data, read
 
 _FLOATS = frozenset({1, 10, 11, 16, 17, 18, 19, 20, 23, 24})  # of TensorProto.DataType
+_INTEGER = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero"})  # always int64
+_LOGICAL = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "IsNaN"})
 _COPIES = frozenset({"MemcpyToHost", "MemcpyFromHost"})
 
 
@@ -123,6 +125,7 @@ def _placement(provider: str, session: Any, planned: Skeleton) -> Placement:
             counts[node.op_type] += 1
             if part.ep_name == _providers.CPU:
                 on_cpu.add(node.name)
+    types = _types(planned)
     stray: list[str] = []
     inner: list[str] = []
     copies = 0
@@ -131,12 +134,31 @@ def _placement(provider: str, session: Any, planned: Skeleton) -> Placement:
             copies += 1
             if node.inputs[0] not in planned.inputs and node.outputs[0] not in planned.outputs:
                 inner.append(node.inputs[0])
-        elif provider != "cpu" and node.name in on_cpu and _is_float(node.outputs, planned):
+        elif provider != "cpu" and node.name in on_cpu and _is_float(node.outputs, types):
             stray.append(f"{node.op_type} {node.name}")
     histogram = {name: dict(counts.most_common()) for name, counts in sorted(operators.items())}
     return Placement(provider, histogram, tuple(stray), copies, tuple(inner))
 
 
-def _is_float(names: tuple[str, ...], planned: Skeleton) -> bool:
+def _types(planned: Skeleton) -> dict[str, int]:
+    """Element types of the values of a planned graph: those it states, and those that follow from them."""
+    types = {name: kind for name, kind in planned.types.items() if kind}
+    for node in planned.nodes:
+        if node.op_type == "Cast":
+            kind = node.to
+        elif node.op_type in _INTEGER:
+            kind = 7
+        elif node.op_type in _LOGICAL:
+            kind = 9
+        else:
+            sources = node.inputs[1:] if node.op_type == "Where" else node.inputs
+            kind = next((types[name] for name in sources if name in types), 0)
+        if kind:
+            for name in node.outputs:
+                types.setdefault(name, kind)
+    return types
+
+
+def _is_float(names: tuple[str, ...], types: dict[str, int]) -> bool:
     """Whether a value is of a float type. One of unknown type counts: better a false alarm than a silent fallback."""
-    return any(planned.types.get(name, 1) in _FLOATS for name in names if name)
+    return any(types.get(name, 1) in _FLOATS for name in names if name)

@@ -24,7 +24,10 @@ _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 @dataclass(frozen=True)
 class Node:
-    """One operator: names only. `inner` lists the names that its sub-graphs read or write."""
+    """One operator: names only.
+
+    `inner` lists the names that its sub-graphs read or write, `to` is the element type that a Cast makes.
+    """
 
     op_type: str
     domain: str
@@ -32,6 +35,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     inner: tuple[str, ...] = ()
+    to: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,15 @@ def _read_node(data: mmap.mmap, start: int, end: int) -> Node:
             else:
                 rest[number] = text
     inner = _inner_names(data, attributes) if rest[4] in _CONTROL_FLOW else ()
-    return Node(rest[4], rest[7], rest[3], tuple(inputs), tuple(outputs), inner)
+    to = _integer(data, attributes, "to") if rest[4] == "Cast" else 0
+    return Node(rest[4], rest[7], rest[3], tuple(inputs), tuple(outputs), inner, to)
+
+
+def _integer(data: mmap.mmap, attributes: list[tuple[int, int]], name: str) -> int:
+    for attribute in attributes:
+        if _texts(data, *attribute, 1) == [(1, name)]:
+            return next((value for part, value in _fields(data, *attribute) if part == 3 and isinstance(value, int)), 0)
+    return 0
 
 
 def _inner_names(data: mmap.mmap, attributes: list[tuple[int, int]]) -> tuple[str, ...]:

@@ -21,8 +21,11 @@ from onnxpress.runtime.placement import audit
 print(json.dumps(audit(sys.argv[1], "cuda").to_json()))
 """
 
-GOOD = """<ir_version: 10, opset_import: ["" : 18]> g (float16[N, 4] x) => (float16[N, 4] y, int64[2] s) {
-    h = Neg(x)  y = Tanh(h)  s = Shape(x)
+GOOD = """<ir_version: 10, opset_import: ["" : 18]> g (float16[N, 4] x) => (float16[N, 4] y) {
+    h = Neg(x)  t = Tanh(h)
+    s = Shape(x)  i = Constant<value = int64 {0}>()  n = Gather(s, i)  m = Cast<to = 6>(n)  k = Cast<to = 7>(m)
+    a = Constant<value = int64[1] {0}>()  u = Unsqueeze(k, a)  f = Constant<value = int64[1] {4}>()
+    r = Concat<axis = 0>(u, f)  y = Reshape(t, r)
 }"""
 # CUDA has no float DynamicQuantizeLinear: the node and its neighbours pay for two copies.
 STRAY = """<ir_version: 10, opset_import: ["" : 18]> g (float[N, 4] x) => (float[N, 4] y) {

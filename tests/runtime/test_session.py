@@ -222,6 +222,24 @@ def test_a_head_that_takes_a_count_computes_one_row_of_a_prompt(tmp_path):
     close(decoding.step(ids[:, 9]), whole[:, 9])
 
 
+def test_a_float16_model_speaks_float32(decoder, decoder_path, tmp_path):
+    from onnxpress.compiler import pipeline
+    from onnxpress.compiler.pass_ import Context
+
+    model = ir.load(decoder_path("fused") / "model.onnx")
+    pipeline.run(model, pipeline.parse("cast_float16"), Context())
+    session = DecoderSession(save(model, tmp_path), provider="cpu", threads=1)
+    assert {tensor.type for tensor in session.interface.cache} == {"tensor(float16)"}
+    ids = text(session)
+    whole = session.run_logits(ids).copy()
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole, decoder("fused").run_logits(ids), atol=0.02)
+    decoding = session.begin(1, LENGTH)
+    np.testing.assert_allclose(decoding.prefill(ids[:, :5]), whole[:, 4], atol=0.02)
+    for position in range(5, LENGTH):
+        np.testing.assert_allclose(decoding.step(ids[:, position]), whole[:, position], atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
 def test_other_float_types_become_float32(dtype):
     values = np.array([[0.5, -2.0, 3.25]], np.float32)
