@@ -234,11 +234,13 @@ def _round(session: DecoderSession, prompt_BS: Any, new_tokens: int) -> tuple[fl
     """(seconds to the first token, seconds of all others)."""
     decoding = session.begin(len(prompt_BS), prompt_BS.shape[1] + new_tokens)
     started = time.perf_counter()
-    token_B = decoding.prefill(prompt_BS).argmax(axis=1)
+    logits_BV = decoding.prefill(prompt_BS)
+    step, single = decoding.step, len(prompt_BS) == 1
+    token: Any = int(logits_BV[0].argmax()) if single else logits_BV.argmax(axis=1)
     first = time.perf_counter()
-    step = decoding.step
     for _ in range(new_tokens - 1):
-        token_B = step(token_B).argmax(axis=1)
+        logits_BV = step(token)
+        token = int(logits_BV[0].argmax()) if single else logits_BV.argmax(axis=1)
     return first - started, time.perf_counter() - first
 
 

@@ -45,7 +45,7 @@ Codes = npt.NDArray[np.uint8]
 # sign (second row) gives the largest weight the short end of a symmetric range, which many blocks prefer.
 _STARTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)),
-    4: ((0.75, 0.82, 0.88, 0.94, 1.0, 1.06), (0.82, 0.88, 0.94, 1.0, 1.07, 1.14)),
+    4: ((0.8, 0.88, 0.95, 1.03), (0.85, 0.93, 1.02, 1.1)),
     8: ((0.97, 0.985, 1.0), (1.0,)),
 }
 # Weights worked on at a time: near a core's cache, and long enough that threads seldom wait for the interpreter.
@@ -73,7 +73,7 @@ def round_blocks(
     Laws:   |w - (code - zero) scale| <= |scale| / 2 with "max", asymmetric, and for all but the end opposite to the
             largest weight when symmetric; "mse" never has a larger error than "max" on any block; a block that lies on
             a grid of integers is reproduced.
-    Cost:   O(K N) for each of some 14 starts, about 1 ns a weight and start.
+    Cost:   O(K N) for each of some 10 starts, about 1 ns a weight and start.
     """
     scale_GN, zero_GN = _range(w_GbN, bits, symmetric)
     start = _stored(scale_GN, scale_dtype)
