@@ -39,7 +39,7 @@ def fp32(target: Target) -> tuple[Pass, ...]:
 
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
-    return (*fuse(target), Rtn(bits=8, block_size=64))
+    return (*fuse(target), Rtn(bits=8, block_size=32, head_block_size=64))
 
 
 def int4(target: Target) -> tuple[Pass, ...]:

@@ -46,7 +46,8 @@ Codes = npt.NDArray[np.uint8]
 _STARTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)),
     4: ((0.8, 0.88, 0.95, 1.03), (0.85, 0.93, 1.02, 1.1)),
-    8: ((0.97, 0.985, 1.0), (1.0,)),
+    # Weights that were on a coarser grid before (any GGUF file) are hit almost exactly by one step size in this range.
+    8: (tuple(0.99 + 0.0135 * n for n in range(24)), tuple(1 + 0.036 * n for n in range(8))),
 }
 # Weights worked on at a time: near a core's cache, and long enough that threads seldom wait for the interpreter.
 _CHUNK = 1 << 18
