@@ -40,7 +40,7 @@ _KEEP_NAMES = ("logits_to_keep", "num_logits_to_keep")
 
 # Workers wait so many microseconds for the next operator before they sleep. One decode step is hundreds of small
 # operators in a row: not to wait costs a fifth on a quiet machine. To wait as long as ORT does by itself, a
-# millisecond, gains nothing there, and costs a third of the speed where another program runs.
+# millisecond, gains little there, and costs a third of the speed where another program runs.
 _ENTRIES = {"session.intra_op.spin_duration_us": "100"}
 
 _MASKS_AT_ONCE = 64
