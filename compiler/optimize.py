@@ -115,7 +115,8 @@ def optimize(
                 meter.finish(path)
         card = _card(source, pipeline, context, done, before)
         card["recipe"] = recipe or (DEFAULT_RECIPE if passes is None else None)
-        card["quality"] = meter.quality if meter is not None else {"not_measured": "no pass is lossy" if measure else "switched off"}
+        why = "no pass is lossy" if measure else "switched off"
+        card["quality"] = meter.quality if meter is not None else {"not_measured": why}
         if verifier is not None:
             card["verified"] = verifier.results
         card["seconds"] = clock.seconds
