@@ -78,7 +78,7 @@ def staged(directory: Path) -> Iterator[Stage]:
             check_replaceable(final, shown=directory)
             _swap(stage, final)
         except OSError as error:
-            if error.errno in _FULL or error.errno == errno.EROFS:
+            if _is_full(error) or error.errno == errno.EROFS:
                 raise _cannot_write(directory, error) from error
             raise
     finally:
@@ -204,8 +204,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_full(error: OSError) -> bool:
+    """Whether a write found no room; numpy reports a short write without an error number, only in words."""
+    return error.errno in _FULL or (
+        error.errno is None and re.search(r"\d+ requested and \d+ written", str(error)) is not None
+    )
+
+
 def _cannot_write(directory: Path, error: OSError) -> OutputError:
-    if error.errno in _FULL:
+    if _is_full(error):
         return OutputError(f"{directory}: the disk is full", hint=f"free space on the file system of {directory}")
     reason = error.strerror or type(error).__name__
     return OutputError(f"{directory}: cannot be written: {reason}", hint="choose another output directory")

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from decoders import write_decoder
 
@@ -80,6 +81,18 @@ def test_a_failed_run_leaves_the_old_output_and_nothing_else(tmp_path: Path, fai
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="disk is full"), staged(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_short_write_of_an_array_is_a_full_disk(tmp_path: Path) -> None:
+    # numpy gives no error number for it, only a sentence.
+    with (
+        pytest.raises(OutputError, match="disk is full"),
+        staged(tmp_path / "out"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        np.zeros(1 << 20).tofile(full)
     assert list(tmp_path.iterdir()) == []
 
 
