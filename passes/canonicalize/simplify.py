@@ -27,6 +27,8 @@ NEWEST_OPSET = 24
 _LARGE = 4096  # elements from which on a weight is worth sharing
 _LARGEST_FOLDED = 1024  # elements; larger constants (rotary tables) are cheaper to compute at load than to store
 _MAX_ROUNDS = 6
+# Weights that a runtime feeds on purpose: they stay inputs, and nothing that reads them is folded.
+COUNTS = ("logits_to_keep", "num_logits_to_keep")
 # Folded by numpy, these may differ from ONNX Runtime's kernels in the last bit.
 _ROUNDS_OTHERWISE = (
     "Cos",
@@ -56,9 +58,8 @@ class Simplify(Pass):
         report = Report()
         graph = model.graph
         lifted = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        overridable = [value for value in graph.inputs if value.name in graph.initializers]
-        common.RemoveInitializersFromInputsPass()(model)
-        for value in overridable:
+        for value in [one for one in graph.inputs if one.name in graph.initializers and one.name not in COUNTS]:
+            graph.inputs.remove(value)
             report.change(f"input {value.name}")
         before = len(graph)
         logging.getLogger("onnxscript").setLevel(logging.WARNING)
@@ -104,6 +105,8 @@ def _fold(model: ir.Model, shapes: bool) -> None:
 
 def _may_fold(node: ir.Node) -> bool | None:
     """False forbids, None leaves it to onnxscript."""
+    if any(value is not None and value.name in COUNTS for value in node.inputs):
+        return False
     return False if node.op_type in _ROUNDS_OTHERWISE else None
 
 
