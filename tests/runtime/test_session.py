@@ -136,8 +136,9 @@ def test_two_texts_run_side_by_side(decoder):
         close(other.step(others[:, position]), whole_other[:, position])
 
 
-def test_a_long_prompt_is_taken_in_pieces(decoder, monkeypatch):
-    session = decoder("fused")
+@pytest.mark.parametrize(("kind", "pieces"), [("lengths", 3), ("fused", 1)], ids=["all logits", "last logits"])
+def test_a_long_prompt_is_taken_in_pieces_where_all_logits_are_computed(decoder, monkeypatch, kind, pieces):
+    session = decoder(kind)
     ids = text(session)
     expected = session.run_logits(ids)[:, -1].copy()
     monkeypatch.setattr(sessions, "PREFILL_LOGITS_BYTES", 5 * 4 * session.vocab_size)
@@ -146,7 +147,7 @@ def test_a_long_prompt_is_taken_in_pieces(decoder, monkeypatch):
     run = decoding._ort_run
     decoding._ort_run = lambda binding: (runs.append(1), run(binding))
     close(decoding.prefill(ids), expected)
-    assert len(runs) == 3
+    assert len(runs) == pieces
 
 
 def test_the_end_of_the_cache_is_said(decoder):
