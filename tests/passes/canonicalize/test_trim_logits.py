@@ -32,7 +32,7 @@ def test_simplify_leaves_the_count_alone(trimmed):
     assert trimmed.graph.inputs[-1].consumers()[0].op_type == "Neg"
 
 
-def test_a_second_time_changes_nothing_and_says_why(trimmed):
+def test_a_second_time_changes_nothing(trimmed):
     before = len(trimmed.graph)
     pipeline.run(trimmed, pipeline.parse("trim_logits"), Context())
     assert len(trimmed.graph) == before
