@@ -183,7 +183,7 @@ class Pass(ir.passes.InPlacePass):
         options = [
             f"{option.name}={getattr(self, option.name)!r}"
             for option in dataclasses.fields(self)
-            if getattr(self, option.name) != option.default
+            if getattr(self, option.name) != _default(option)
         ]
         return f"{self.name()}({', '.join(options)})" if options else self.name()
 
@@ -191,7 +191,7 @@ class Pass(ir.passes.InPlacePass):
 def options(cls: type[Pass]) -> dict[str, tuple[Any, Any]]:
     """Options of a pass class: name to (type, default), in order of declaration."""
     hints = _hints(cls)
-    return {option.name: (hints[option.name], option.default) for option in dataclasses.fields(cls)}
+    return {option.name: (hints[option.name], _default(option)) for option in dataclasses.fields(cls)}
 
 
 def build(cls: type[Pass], arguments: dict[str, Any]) -> Pass:
@@ -228,6 +228,10 @@ def located(place: str) -> Iterator[None]:
         raise PassError(f"{place}: {type(error).__name__}: {error}", hint="this is a bug; please report it") from error
 
 
+def _default(option: dataclasses.Field[Any]) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
 _HINTS: dict[type, dict[str, Any]] = {}
 
 
@@ -238,7 +242,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether `value` is of the annotated type `kind`: plain types, unions, Literal and tuple[int, ...] are enough."""
+    """Whether `value` is of the annotated type `kind`: plain types, unions, Literal, tuple[int, ...] and dict."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
@@ -246,6 +250,9 @@ def _is(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if origin is tuple:
         return isinstance(value, tuple) and all(_is(one, typing.get_args(kind)[0]) for one in value)
+    if origin is dict:
+        keys, values = typing.get_args(kind)
+        return isinstance(value, dict) and all(_is(key, keys) and _is(one, values) for key, one in value.items())
     if kind is type(None):
         return value is None
     if kind is float:

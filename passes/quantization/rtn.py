@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,17 +37,25 @@ from onnxpress.compiler.nbits import (
     store,
 )
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.roles import KINDS
 
 Floats = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
 
 # Starts of the scale search, relative to the scale that maps the largest weight onto the end of the range. A flipped
 # sign (second row) gives the largest weight the short end of a symmetric range, which many blocks prefer.
-_STARTS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+_SYMMETRIC: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.6, 0.8, 1.0, 1.2, 1.4, 1.6)),
     4: ((0.8, 0.88, 0.95, 1.03), (0.85, 0.93, 1.02, 1.1)),
     # Weights that were on a coarser grid before (any GGUF file) are hit almost exactly by one step size in this range.
     8: (tuple(0.99 + 0.0135 * n for n in range(24)), tuple(1 + 0.036 * n for n in range(8))),
+}
+# Ranges with their own zero point: scales, and how many steps the range is shifted from where its centre stays. From 4
+# bits on, more scales find more than shifts do: six scales the same error as twelve pairs.
+_ASYMMETRIC: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    2: (_SYMMETRIC[2][0], (0.0, -0.5, 0.5)),
+    4: ((0.78, 0.83, 0.88, 0.93, 0.98, 1.03), (0.0,)),
+    8: (_SYMMETRIC[8][0], (0.0,)),
 }
 # Weights worked on at a time: near a core's cache, and long enough that threads seldom wait for the interpreter.
 _CHUNK = 1 << 18
@@ -141,7 +149,6 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
 
     With steps q the best scale is q.w / q.q and leaves the error w.w - (q.w)^2 / q.q.
     """
-    tight, flipped = _STARTS[bits]
     best, best_zero = scale_GN.copy(), zero_GN.copy()
     best_score = np.full_like(scale_GN, -1)
     steps = np.empty_like(w_GbN)
@@ -157,18 +164,18 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
         np.copyto(best_zero, zero, where=better)
 
     if symmetric:
+        tight, flipped = _SYMMETRIC[bits]
         for factor in (*tight, *(-one for one in flipped)):
             attempt(scale_GN * scale_GN.dtype.type(factor), zero_GN)
     else:
         low = np.minimum(w_GbN.min(axis=1), 0)
-        for factor in tight:
+        factors, shifts = _ASYMMETRIC[bits]
+        for factor in factors:
             scale = scale_GN * scale_GN.dtype.type(factor)
             # The cut range keeps its centre.
             zero = -low / scale - (1 - factor) / factor * (2**bits - 1) / 2
-            attempt(scale, np.clip(np.rint(zero), 0, 2**bits - 1))
-            if bits < 8:
-                attempt(scale, np.clip(np.rint(zero - 0.5), 0, 2**bits - 1))
-                attempt(scale, np.clip(np.rint(zero + 0.5), 0, 2**bits - 1))
+            for shift in shifts:
+                attempt(scale, np.clip(np.rint(zero + shift), 0, 2**bits - 1))
     attempt(best.copy(), best_zero.copy())
     return best, best_zero
 
@@ -227,18 +234,28 @@ def _pack_columns(codes_GbN: Codes, bits: int) -> Codes:
     return packed
 
 
+class _Format(NamedTuple):
+    """How a matrix is stored."""
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+
 @dataclass
 class _Site:
     """One matrix to quantize, with every node that reads it."""
 
     name: str
-    bits: int
-    block_size: int
+    format: _Format
     read: Callable[[], Floats]
     dtype: ir.DataType
     shape: tuple[int, int]
     linears: list[Linear] = field(default_factory=list)
     embeddings: list[Embedding] = field(default_factory=list)
+
+
+_OVERRIDABLE: dict[str, tuple[int, ...]] = {"bits": BITS, "block_size": BLOCK_SIZES, "symmetric": (False, True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +278,9 @@ class Rtn(Pass):
     head_block_size: int | None = None
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
+    # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
+    # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
+    overrides: dict[str, dict[str, int | bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,23 +295,37 @@ class Rtn(Pass):
                 f"rtn: accuracy_level={self.accuracy_level} has no fast kernel at {self.bits} bits on the CPU",
                 hint="leave it at 4, or use bits=4",
             )
-        for bits, block_size in ((self.bits, self.block_size), self._head()):
-            reason = slow_kernel(bits, block_size, "cpu")
-            if reason is not None:
-                raise OptionError(f"rtn: {reason}", hint="use block_size=64")
+        for name, changes in self.overrides.items():
+            for option, value in changes.items():
+                self.check(option in _OVERRIDABLE, "overrides", f"of the options {', '.join(_OVERRIDABLE)}")
+                allowed = " or ".join(map(str, _OVERRIDABLE[option]))
+                self.check(value in _OVERRIDABLE[option], "overrides", f"{allowed} for {name}, {option}")
+        self._check_kernels("cpu", "use block_size=64")
 
     @classmethod
     def example(cls, model: ir.Model) -> Rtn:
         return cls(block_size=16)
 
-    def _head(self) -> tuple[int, int]:
-        return self.head_bits or self.bits, self.head_block_size or self.block_size
+    def _format(self, names: list[str], kind: str, *, is_head: bool) -> _Format:
+        """What the options say about a matrix of these names."""
+        found = _Format(self.bits, self.block_size, self.symmetric)
+        if is_head:
+            found = _Format(self.head_bits or self.bits, self.head_block_size or self.block_size, self.symmetric)
+        for pattern, changes in self.overrides.items():
+            if pattern == kind or any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                bits, block_size = changes.get("bits", found.bits), changes.get("block_size", found.block_size)
+                found = _Format(bits, block_size, bool(changes.get("symmetric", found.symmetric)))
+        return found
+
+    def _check_kernels(self, provider: str, hint: str) -> None:
+        for names, is_head in ([], False), ([], True), *(([name], False) for name in self.overrides):
+            chosen = self._format(names, "", is_head=is_head)
+            reason = slow_kernel(chosen.bits, chosen.block_size, provider)
+            if reason is not None:
+                raise OptionError(f"rtn: {reason}", hint=hint)
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
-        for bits, block_size in ((self.bits, self.block_size), self._head()):
-            reason = slow_kernel(bits, block_size, context.target.provider)
-            if reason is not None:
-                raise OptionError(f"rtn: {reason}", hint="use block_size=128 or 32")
+        self._check_kernels(context.target.provider, "use block_size=128 or 32")
         report = Report()
         linears = find_linears(model, expand_pairs=True)
         embeddings = _token_tables(find_embeddings(model, linears))
@@ -330,9 +364,14 @@ class Rtn(Pass):
 
     def _check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
         names = [one.name for one in linears] + ["embedding"] * bool(embeddings)
-        for pattern in self.exclude:
-            if not fnmatch.filter(names, pattern):
-                raise OptionError(f"rtn: exclude={pattern!r} matches no linear", hint=f"names are like {names[:3]}")
+        roles = {*KINDS, "embedding"}
+        for option, patterns in (("exclude", self.exclude), ("overrides", [*self.overrides])):
+            for pattern in patterns:
+                is_role = option == "overrides" and pattern in roles
+                if not is_role and not fnmatch.filter(names, pattern):
+                    raise OptionError(
+                        f"rtn: {option}={pattern!r} matches no linear", hint=f"names are like {names[:3]}"
+                    )
         has_head = bool(embeddings) or any(one.kind == "head" for one in linears)
         for option in ("head_bits", "head_block_size"):
             if getattr(self, option) is not None and not has_head:
@@ -349,16 +388,17 @@ class Rtn(Pass):
         for linear in linears:
             embedding = tied.get(id(linear))
             is_head = linear.kind == "head" or embedding is not None
-            bits, block_size = self._head() if is_head else (self.bits, self.block_size)
             names = [linear.name] + ["embedding"] * (embedding is not None)
+            chosen = self._format(names, linear.kind, is_head=is_head)
             reason = self._refuse(names, linear.is_quantized, linear.weight, context)
-            block = _fitting_block(linear.num_in, block_size, bits, exact=embedding is not None)
+            block = _fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
             if block is None:
                 reason = reason or f"embedding width {linear.num_in} is not a multiple of any block size"
             if reason is None and block is not None:
                 key = id(linear.weight), linear.holder == "MatMul"
-                new = _Site(linear.name, bits, block, linear.w_NK, _dtype(linear.weight), linear.shape)
-                if new.shape[0] * -(-new.shape[1] // block) * (block * bits // 8 + 4) >= linear.nbytes:
+                chosen = chosen._replace(block_size=block)
+                new = _Site(linear.name, chosen, linear.w_NK, _dtype(linear.weight), linear.shape)
+                if new.shape[0] * -(-new.shape[1] // block) * (block * chosen.bits // 8 + 4) >= linear.nbytes:
                     report.skip(linear.name, "codes and scales would take no less than the weights do")
                     continue
                 site = sites.setdefault(key, new)
@@ -369,16 +409,17 @@ class Rtn(Pass):
                 report.skip(linear.name, reason)
         for number, embedding in enumerate(one for one in embeddings if not _is_tied(one)):
             name = "embedding" if number == 0 else f"embedding.{number + 1}"
-            bits, block_size = self._head()
+            chosen = self._format([name], "embedding", is_head=True)
             is_quantized = embedding.node.op_type != "Gather"
             reason = self._refuse([name], is_quantized, embedding.table, context)
-            block = _fitting_block(embedding.width, block_size, bits, exact=True)
+            block = _fitting_block(embedding.width, chosen.block_size, chosen.bits, exact=True)
             if reason is not None or block is None:
                 report.skip(name, reason or f"width {embedding.width} is not a multiple of any block size")
                 continue
             key = id(embedding.table), False
             shape = embedding.num_rows, embedding.width
-            site = sites.setdefault(key, _Site(name, bits, block, embedding.table_VH, _dtype(embedding.table), shape))
+            chosen = chosen._replace(block_size=block)
+            site = sites.setdefault(key, _Site(name, chosen, embedding.table_VH, _dtype(embedding.table), shape))
             site.embeddings.append(embedding)
         return list(sites.values())
 
@@ -395,9 +436,9 @@ class Rtn(Pass):
     def _quantize(self, site: _Site) -> tuple[CodedMatrix, float, float]:
         return round_matrix(
             site.read(),
-            bits=site.bits,
-            block_size=site.block_size,
-            symmetric=self.symmetric,
+            bits=site.format.bits,
+            block_size=site.format.block_size,
+            symmetric=site.format.symmetric,
             scales=self.scales,
             scale_dtype=site.dtype.numpy(),
         )

@@ -56,10 +56,10 @@ def test_linears_of_an_export_know_their_roles(tiny_export: Export, tmp_path: Pa
     pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
     linears = find_linears(source.model)
     assert Counter(linear.kind for linear in linears) == {
-        **dict.fromkeys(("qkv", "o", "gate", "up", "down"), layers),
+        **dict.fromkeys(("qkv", "o", "gate_up", "down"), layers),
         "head": 1,
     }
-    assert [linear.name for linear in linears][:3] == ["block0.qkv", "block0.o", "block0.gate"]
+    assert [linear.name for linear in linears][:3] == ["block0.qkv", "block0.o", "block0.gate_up"]
     assert len({linear.name for linear in linears}) == len(linears)
 
 

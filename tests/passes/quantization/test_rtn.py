@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.compiler import packing
+from onnxpress.compiler import packing, pipeline
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix, run_matmul
@@ -243,6 +243,23 @@ def test_second_run_skips_with_a_reason() -> None:
     assert report.reasons() == {"already quantized": 6}
 
 
+def test_overrides_by_role_and_by_name() -> None:
+    """The last that fits counts; a role that the model lacks is no error."""
+    overrides = {"head": {"bits": 8, "symmetric": True}, "qkv": {"bits": 8}, "h*d": {"block_size": 64}}
+    rtn = Rtn(symmetric=False, overrides=overrides)
+    model = network(tied=True)
+    rtn.run(model, Context())
+    formats = {
+        one.name: (node.attributes["bits"].as_int(), node.attributes["block_size"].as_int(), len(node.inputs) == 3)
+        for one in find_linears(model)
+        for node in [one.node]
+    }
+    assert formats.pop("head") == (8, 64, True)
+    assert set(formats.values()) == {(4, 32, False)}
+    assert pipeline.parse(str(rtn)).passes == (rtn,)
+    assert Rtn(overrides={"embedding": {"bits": 8}}).run(network(tied=True), Context()).ledger[-1]["bits"] == 8
+
+
 def test_excluded_sites_stay_float() -> None:
     model = network(tied=True)
     report = Rtn(exclude=("embedding",)).run(model, Context())
@@ -269,6 +286,10 @@ def test_weights_that_are_not_finite_are_skipped() -> None:
         {"bits": 8, "accuracy_level": 0},
         {"accuracy_level": 1},
         {"scales": "best"},
+        {"overrides": {"head": {"bits": 3}}},
+        {"overrides": {"head": {"blocks": 64}}},
+        {"overrides": {"head": 64}},
+        {"overrides": {"head": {"bits": 2, "block_size": 256}}},
     ],
 )
 def test_options_without_a_fast_kernel_are_refused(options: dict[str, Any]) -> None:
@@ -279,6 +300,8 @@ def test_options_without_a_fast_kernel_are_refused(options: dict[str, Any]) -> N
 def test_options_without_effect_are_refused() -> None:
     with pytest.raises(OptionError, match="matches no linear"):
         Rtn(exclude=("lm_hed",)).run(network(tied=False), Context())
+    with pytest.raises(OptionError, match="overrides='blok0"):
+        Rtn(overrides={"blok0.*": {"bits": 8}}).run(network(tied=False), Context())
     with pytest.raises(OptionError, match="at most 128"):
         Rtn(block_size=256).run(network(tied=False), Context(target=TARGETS["cuda"]))
 

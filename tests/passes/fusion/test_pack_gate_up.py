@@ -1,0 +1,88 @@
+"""PackGateUp: rows in the order gate, up; the same outputs whatever the activation; and what must stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import check
+import graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxpress import models
+from onnxpress.compiler import pipeline
+from onnxpress.compiler.linears import find_linears
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.fusion.pack_gate_up import PackGateUp
+
+WIDTH, INNER = 16, 24
+
+
+def gated(
+    activation: str = "silu", *, biases: tuple[bool, bool] = (False, False), up_first: bool = False, extra: bool = False
+) -> ir.Model:
+    """f(x W + a) * (x V + b), the width of W and V being `INNER`; `extra`: the gate is read a second time."""
+    builder = graphs.Builder(WIDTH, 96, 0)
+    table = builder.weight(96, WIDTH, name="table")
+    x = builder.op("Gather", table, builder.ids, width=WIDTH, axis=0)
+    halves = []
+    for has_bias in biases:
+        half = builder.op("MatMul", x, builder.weight(WIDTH, INNER), width=INNER)
+        halves.append(builder.op("Add", half, builder.weight(INNER), width=INNER) if has_bias else half)
+    gate, up = halves
+    if activation == "silu":
+        active = builder.op("Mul", gate, builder.op("Sigmoid", gate, width=INNER), width=INNER)
+    elif activation == "gelu":  # as exporters write it out
+        erf = builder.op("Erf", builder.op("Div", gate, builder.scalar(2**0.5), width=INNER), width=INNER)
+        sum_ = builder.op("Add", erf, builder.scalar(1.0), width=INNER)
+        active = builder.op("Mul", builder.op("Mul", gate, sum_, width=INNER), builder.scalar(0.5), width=INNER)
+    else:
+        active = builder.op(activation, gate, width=INNER)
+    product = builder.op("Mul", *((up, active) if up_first else (active, up)), width=INNER)
+    if extra:
+        product = builder.op("Add", product, up, width=INNER)
+    return builder.finish(builder.op("MatMul", product, builder.weight(INNER, WIDTH), width=WIDTH), False, table)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "Relu", "Tanh"])
+@pytest.mark.parametrize("biases", [(False, False), (True, True)])
+@pytest.mark.parametrize("up_first", [False, True])
+def test_one_product_gives_both_halves(activation: str, biases: tuple[bool, bool], up_first: bool) -> None:
+    model = gated(activation, biases=biases, up_first=up_first)
+    before = graphs.run(model)
+    gate, up = [one.w_NK().copy() for one in find_linears(model)[:2]]
+    report = PackGateUp().run(model, Context())
+    assert len(report.changed) == 1
+    assert report.bytes_after == report.bytes_before + 16  # the widths
+    packed = find_linears(model)[0]
+    assert packed.shape == (2 * INNER, WIDTH)
+    assert np.array_equal(packed.w_NK(), np.concatenate([gate, up]))
+    assert sum(node.op_type == "MatMul" for node in model.graph) == 3  # with down and the head
+    check.close(before["logits"], graphs.run(model)["logits"], tolerance=1e-5)
+
+
+def test_a_half_that_others_read_stays() -> None:
+    report = PackGateUp().run(gated(extra=True), Context())
+    assert not report.changed
+
+
+def test_one_bias_alone_is_told() -> None:
+    report = PackGateUp().run(gated(biases=(True, False)), Context())
+    assert not report.changed
+    assert set(report.reasons()) == {"one projection has a bias and one has none"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_every_gated_layer_of_an_export(
+    tiny_export: Callable[[str, str], Path], tmp_path: Path, architecture: str
+) -> None:
+    source = models.load(tiny_export(architecture, "optimum"), work_dir=tmp_path)
+    done = pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
+    report = next(report for pass_, report in done if pass_.name() == "pack_gate_up")
+    kinds = [one.kind for one in find_linears(source.model)]
+    layers = 0 if architecture == "gpt2" else source.config["num_hidden_layers"]
+    assert len(report.changed) == kinds.count("gate_up") == layers
+    assert "gate" not in kinds
+    assert not report.skipped
