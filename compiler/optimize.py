@@ -6,6 +6,7 @@ load -> passes (watched by the loss meter and, on request, the verifier) -> writ
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import shutil
 import tempfile
@@ -208,10 +209,10 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
         sizes = image_sizes(source.config)
         return LossMeter(passes, stage.work, about="random inputs", sizes=sizes)
     count = min(_VERIFIED_TOKENS if verify else _MEASURED_TOKENS, context_length(source.config) or _VERIFIED_TOKENS)
-    ids, about = sample_tokens(
-        source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
+    sample = functools.partial(
+        sample_tokens, source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
     )
-    return LossMeter(passes, stage.work, ids, about, split=verify)
+    return LossMeter(passes, stage.work, sample=sample, split=verify)
 
 
 def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:

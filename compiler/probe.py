@@ -53,15 +53,24 @@ class Step:
 class Probe:
     """A session on the CPU with one thread order and, by default, no graph optimizations."""
 
-    def __init__(self, path: Path, *, optimized: bool = False, threads: int = 0, prepacked: bool = True) -> None:
-        """Loads the model at `path`.
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        optimized: bool = False,
+        threads: int = 0,
+        prepacked: bool = True,
+        folder: Path | None = None,
+    ) -> None:
+        """Loads a model.
 
         Args:
-            path: the graph file.
+            model: the graph file, or what would be its content.
             optimized: let ONNX Runtime optimize the graph.
             threads: 0 for all cores.
             prepacked: copy weights into the layout that the kernels like; without it float weights stay mapped from
                 the file, which is slower per call and needs hardly any memory.
+            folder: where the files with the weights lie, for a model that is given as bytes.
         """
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
@@ -71,7 +80,10 @@ class Probe:
         options.enable_mem_pattern = False
         if not prepacked:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        content = model if isinstance(model, bytes) else str(model)
+        self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -143,15 +155,21 @@ def image_sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 def log_softmax(logits_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Natural logarithms of the probabilities along the last axis."""
-    shifted: npt.NDArray[np.float32] = logits_TV - logits_TV.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-    return shifted
+    result = np.empty_like(logits_TV)
+    width = logits_TV.shape[-1]
+    # Row by row: one fits the cache, and a temporary array of them all costs more than the arithmetic.
+    for row, out in zip(logits_TV.reshape(-1, width), result.reshape(-1, width), strict=True):
+        np.subtract(row, row.max(), out=out)
+        out -= np.float32(np.log(np.exp(out).sum(dtype=np.float64)))
+    return result
 
 
 def kl_divergence(log_p_TV: npt.NDArray[np.float32], log_q_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """KL(p || q) in nats for each row; never below 0."""
-    kl_T: npt.NDArray[np.float64] = (np.exp(log_p_TV) * (log_p_TV - log_q_TV)).sum(axis=-1, dtype=np.float64)
-    return np.maximum(kl_T, 0.0, out=kl_T)
+    rows = zip(log_p_TV, log_q_TV, strict=True)
+    kl_T = np.array([(np.exp(p_V) * (p_V - q_V)).sum(dtype=np.float64) for p_V, q_V in rows])
+    np.maximum(kl_T, 0.0, out=kl_T)
+    return kl_T
 
 
 def _random(name: str, value: Any, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Array:

@@ -1,7 +1,8 @@
 """Projections that read the same activation, and how they become one matrix.
 
 Packing puts the rows of several weights [N_i, K] below each other: one product of width sum(N_i) instead of several,
-the same numbers. What is stored is not copied: the joined weight reads its parts when it is saved.
+the same numbers. Rows are quantized one by one, so codes are packed as floats are. Nothing is copied: the joined
+weight reads its parts when it is saved.
 """
 
 from __future__ import annotations
@@ -16,22 +17,45 @@ import onnx_ir as ir
 from onnxpress.compiler.fusing import Fuser, other, producer, vector
 from onnxpress.compiler.linears import drop_unused, unique_name
 
+_QUANTIZED = "MatMulNBits"
+
 
 @dataclass
 class Projection:
     """x W (+ b).
 
     Attributes:
-        activation: x, [..., K].
-        weight: W, an initializer [K, N].
+        node: the MatMul or MatMulNBits.
         bias: b, an initializer [N]; None when nothing is added.
         output: what the last of the nodes gives.
     """
 
-    activation: ir.Value
-    weight: ir.Value
+    node: ir.Node
     bias: ir.Value | None
     output: ir.Value
+
+    @property
+    def activation(self) -> ir.Value | None:
+        """x, [..., K]."""
+        return self.node.inputs[0]
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """Initializers that hold the matrix: [K, N], or codes, scales and zero points."""
+        return [value for value in self.node.inputs[1:] if value is not None]
+
+    @property
+    def width(self) -> int:
+        """N."""
+        axis = _axis(self.node)
+        return _sizes(self.weights[0])[axis]
+
+    @property
+    def format(self) -> tuple[Any, ...]:
+        """What two projections must have in common to be stored as one."""
+        attributes = {key: one.value for key, one in self.node.attributes.items() if key != "N"}
+        types = [value.dtype for value in self.weights]
+        return self.node.op_type, sorted(attributes.items()), types, self.bias is None
 
 
 def read_projection(value: ir.Value | None) -> Projection | None:
@@ -39,19 +63,34 @@ def read_projection(value: ir.Value | None) -> Projection | None:
     if value is None or value.is_graph_output():
         return None
     bias = None
-    node = producer(value, "MatMul", "Add")
+    node = producer(value, "MatMul", _QUANTIZED, "Add")
     if node is not None and node.op_type == "Add":
         bias = next((one for one in node.inputs if vector(one) is not None), None)
         inner = other(node, bias)
         if bias is None or inner is None or len(inner.uses()) != 1:
             return None
-        node = producer(inner, "MatMul")
-    if node is None or node.op_type != "MatMul" or node.inputs[0] is None:
+        node = producer(inner, "MatMul", _QUANTIZED)
+    if node is None or any(one is None or one.const_value is None for one in node.inputs[1:4]):
+        return None
+    if any(one is not None for one in node.inputs[4:]):  # an order of columns, or a bias of its own
         return None
     weight = node.inputs[1]
-    if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+    if weight is None or (node.op_type == "MatMul" and len(_sizes(weight)) != 2):
         return None
-    return Projection(node.inputs[0], weight, bias, value)
+    return Projection(node, bias, value)
+
+
+def obstacle(parts: Sequence[Projection]) -> str | None:
+    """Why the projections cannot become one; None when they can."""
+    if len({id(one.activation) for one in parts}) != 1:
+        return "the projections do not share their input"
+    if len({one.bias is None for one in parts}) != 1:
+        return "some projections have a bias and some have none"
+    if any(one.format != parts[0].format for one in parts):
+        return "the projections are stored in different formats"
+    if len({id(one.weights[0]) for one in parts}) != len(parts):
+        return "some projections have the same weight"
+    return None
 
 
 def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
@@ -59,33 +98,35 @@ def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
 
     Args:
         fuser: of the pass that packs.
-        parts: projections of one activation, all with a bias or all without.
-        name: of the new MatMul.
+        parts: projections without an `obstacle`.
+        name: of the new product.
 
     Returns:
         The packed output.
     """
-    graph = fuser.model.graph
-    weight = _joined(graph, [one.weight for one in parts], f"{name}.weight", axis=1)
-    nodes = [ir.Node("", "MatMul", [parts[0].activation, weight], name=name)]
+    graph, first = fuser.model.graph, parts[0].node
+    axis, width = _axis(first), sum(one.width for one in parts)
+    roles = ("weight",) if axis else ("codes", "scale", "zero")
+    columns = zip(*(one.weights for one in parts), strict=True)
+    joined = [_joined(graph, values, f"{name}.{role}", axis) for role, values in zip(roles, columns, strict=False)]
+    attributes = [ir.AttrInt64("N", width) if key == "N" else one for key, one in first.attributes.items()]
+    nodes = [ir.Node(first.domain, first.op_type, [first.inputs[0], *joined], attributes, name=name)]
     biases = [one.bias for one in parts if one.bias is not None]
     if biases:
         bias = _joined(graph, biases, f"{name}.bias", axis=0)
         nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias], name=f"{name}/bias"))
-    width = weight.shape[1] if weight.shape is not None else None
     for node in nodes:
         node.outputs[0].name = f"{node.name}.out"
         node.outputs[0].shape = ir.Shape([None, None, width])
-        node.outputs[0].type = weight.type
+        node.outputs[0].type = parts[0].output.type
     fuser.insert(nodes)
     return nodes[-1].outputs[0]
 
 
 def drop(graph: ir.Graph, part: Projection) -> None:
     """Removes the nodes of a projection that nothing reads any more, and its weights."""
-    for value in (part.weight, part.bias):
-        if value is None:
-            continue
+    weights = part.weights if part.bias is None else [*part.weights, part.bias]
+    for value in weights:
         for node in list(value.consumers()):
             readers = [reader for output in node.outputs for reader in output.consumers()]
             for reader in readers:
@@ -96,13 +137,22 @@ def drop(graph: ir.Graph, part: Projection) -> None:
         drop_unused(graph, value)
 
 
-def _joined(graph: ir.Graph, parts: list[ir.Value], base: str, axis: int) -> ir.Value:
+def _axis(node: ir.Node) -> int:
+    """Where the rows of the matrix lie in what is stored."""
+    return 1 if node.op_type == "MatMul" else 0
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    assert value.const_value is not None
+    return [int(size) for size in value.const_value.shape.numpy()]
+
+
+def _joined(graph: ir.Graph, parts: Sequence[ir.Value], base: str, axis: int) -> ir.Value:
     """A lazily concatenated initializer."""
     name = unique_name(graph, base)
     tensors = [part.const_value for part in parts if part.const_value is not None]
-    sizes = [list(tensor.shape.numpy()) for tensor in tensors]
-    size = list(sizes[0])
-    size[axis] = sum(one[axis] for one in sizes)
+    size = _sizes(parts[0])
+    size[axis] = sum(_sizes(part)[axis] for part in parts)
     dtype = tensors[0].dtype
 
     def read() -> ir.Tensor[Any]:

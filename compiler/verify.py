@@ -10,11 +10,14 @@ Axes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 # A chain of dozens of blocks amplifies what the order of additions changes in one of them.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np.float64): 1e-6}
 
+_IN_MEMORY = 1 << 20  # bytes up to which a weight may travel inside a graph file
+
+T = TypeVar("T")
 Ids = npt.NDArray[np.int64]
 Outputs = dict[str, Array]
 
@@ -50,6 +56,32 @@ def snapshot(model: ir.Model, directory: Path, name: str) -> Path:
     for key, value in model.graph.initializers.items():
         value.const_value = saved[key].const_value
     return path
+
+
+def in_place(model: ir.Model) -> tuple[bytes, Path] | None:
+    """The graph file that `model` would make, and the folder in which all its weights lie; None when they do not."""
+    folders = set()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            folders.add(Path(tensor.base_dir))
+        elif isinstance(tensor, ir.LazyTensor) or tensor is None or tensor.nbytes > _IN_MEMORY:
+            return None
+    return (ir.to_proto(model).SerializeToString(), folders.pop()) if len(folders) == 1 else None
+
+
+def in_thread(compute: Callable[[], T]) -> Future[T]:
+    """What `compute` returns, later; an interrupt of the program does not wait for it."""
+    promise: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            promise.set_result(compute())
+        except BaseException as error:
+            promise.set_exception(error)
+
+    threading.Thread(target=work, name="onnxpress-measure", daemon=True).start()
+    return promise
 
 
 def discard(path: Path) -> None:
@@ -72,6 +104,7 @@ class LossMeter:
         work_dir: scratch folder for snapshots.
         ids: token ids [1, T] to measure on; None for models without text.
         about: where the ids come from, for the card.
+        sample: gives both, when they are needed: it has a tokenizer to read.
         split: also run the finished model without rounding activations, to tell that error from the weights'.
         sizes: of symbolic dimensions, for models without text; see `Probe.random_feeds`.
         quality: filled by `finish`, for the card.
@@ -83,36 +116,55 @@ class LossMeter:
     about: str = ""
     split: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
+    sample: Callable[[], tuple[Ids, str]] | None = None
     quality: dict[str, Any] = field(default_factory=dict)
-    _reference: Outputs | None = None
+    _reference: Future[Outputs | None] | None = None
     _metrics: dict[str, float] = field(default_factory=dict)
     _pending: Report | None = None
     _position: int = 0
     _is_causal: bool = False
 
     def before(self, pass_: Pass, model: ir.Model) -> None:
-        """Measures the reference before the first LOSSY pass."""
-        if pass_.promise is Promise.LOSSY and self._reference is None and not self.quality:
-            self._reference = self._guarded(lambda: self._run(self._snapshot(model, "reference"), is_float=True))
+        """Measures the reference before the first LOSSY pass, in a thread beside it."""
+        if pass_.promise is not Promise.LOSSY or self._reference is not None:
+            return
+        content, folder = in_place(model) or (self._snapshot(model, "reference"), None)
+        # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
+        prepacked = any(node.op_type == "MatMulNBits" for node in model.graph)
+        threads = max(1, (os.cpu_count() or 1) // 2)
+
+        def measure() -> Outputs:
+            if self.sample is not None:
+                self.ids, self.about = self.sample()
+            return self._run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
+
+        self._reference = in_thread(lambda: self._guarded(measure))
 
     def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
         """Measures a LOSSY pass; the last one waits for `finish`, which measures the file that is delivered."""
         self._position += 1
-        if pass_.promise is not Promise.LOSSY or not report.modified or self._reference is None:
+        if pass_.promise is not Promise.LOSSY or not report.modified or self._expected() is None:
             return
         if any(later.promise is Promise.LOSSY for later in self.passes[self._position :]):
             path = self._snapshot(model, f"after{self._position}")
-            outputs = self._guarded(lambda: self._run(path, is_float=False))
+            outputs = self._guarded(lambda: self._run(Probe(path, optimized=True)))
             if outputs is not None:
                 self._note(report, outputs)
         else:
             self._pending = report
 
+    def _expected(self) -> Outputs | None:
+        """What the reference gives; waits for it. None when it, or the model after a pass, does not run here."""
+        if self._reference is None or "not_measured" in self.quality:
+            return None
+        return self._reference.result()
+
     def finish(self, path: Path) -> None:
         """Measures the finished model at `path`, and apart from it the part that quantized activations have in it."""
-        if self._pending is None or self._reference is None:
+        reference = self._expected()
+        if self._pending is None or reference is None:
             return
-        outputs = self._guarded(lambda: self._run(path, is_float=False))
+        outputs = self._guarded(lambda: self._run(Probe(path, optimized=True)))
         if outputs is None:
             return
         self._note(self._pending, outputs)
@@ -120,7 +172,7 @@ class LossMeter:
         if self.ids is not None:
             self.quality["tokens"] = self.ids.shape[1] - 1
         if self._is_causal:  # a masked language model does not predict the next token
-            self.quality["perplexity_before"] = self._perplexity(self._reference["log_probabilities"])
+            self.quality["perplexity_before"] = self._perplexity(reference["log_probabilities"])
             self.quality["perplexity_after"] = self._perplexity(outputs["log_probabilities"])
         if self.split:
             self._split(path)
@@ -131,12 +183,13 @@ class LossMeter:
         if exact is None:
             return
         try:
-            plain = self._guarded(lambda: self._run(exact, is_float=False))
+            plain = self._guarded(lambda: self._run(Probe(exact, optimized=True)))
         finally:
             exact.unlink()
-        if plain is None or self._reference is None or self._pending is None:
+        reference = self._expected()
+        if plain is None or reference is None or self._pending is None:
             return
-        for name, value in _distance(self._reference, plain).items():
+        for name, value in _distance(reference, plain).items():
             if name in ("kl", "output_error"):
                 parts = {f"{name}_weights": value, f"{name}_activations": self._metrics[name] - value}
                 self.quality |= parts
@@ -145,17 +198,16 @@ class LossMeter:
     def _snapshot(self, model: ir.Model, name: str) -> Path:
         return snapshot(model, self.work_dir, name)
 
-    def _run(self, path: Path, *, is_float: bool) -> Outputs:
-        # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
-        probe = Probe(path, optimized=True, prepacked=not is_float)
+    def _run(self, probe: Probe) -> Outputs:
         if self.ids is None or not probe.is_language_model:
             return probe.run(probe.random_feeds(sizes=self.sizes))
         self._is_causal = any("past" in name for name in probe.inputs)
         return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
 
     def _note(self, report: Report, outputs: Outputs) -> None:
-        assert self._reference is not None
-        now = _distance(self._reference, outputs)
+        reference = self._expected()
+        assert reference is not None
+        now = _distance(reference, outputs)
         for name in ("kl", "output_error"):
             if name in now:
                 report.metrics[f"{name}_added"] = now[name] - self._metrics.get(name, 0.0)
@@ -177,7 +229,6 @@ class LossMeter:
             reason = first_line(error)
             logger.warning("the loss was not measured: %s", reason)
             self.quality["not_measured"] = reason
-            self._reference = None
             return None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from onnxpress.compiler.cli import main
+from onnxpress.compiler.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -16,7 +16,7 @@ from onnxpress.passes.fusion.pack_qkv import PackQkv
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.rtn import Rtn
 
-__all__ = ["fp32", "fuse", "int4", "int4_small", "int8"]
+__all__ = ["fp32", "fuse", "int4", "int4_small", "int8", "pack"]
 
 
 def fuse(target: Target) -> tuple[Pass, ...]:
@@ -28,32 +28,37 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseAttention(),
         FuseSkipRmsnorm(),
         FuseSwiglu(),
-        PackQkv(),
-        PackGateUp(),
         Simplify(),
     )
     # On CUDA the count would have to come back to the host: not tried there, so left out.
     return (*fused, CastFloat16()) if target.provider == "cuda" else (*fused, TrimLogits())
 
 
+def pack(target: Target) -> tuple[Pass, ...]:
+    """Joins matrices that read the same activation. Comes last: other passes see queries, keys and values apart."""
+    return (PackQkv(), PackGateUp())
+
+
 def fp32(target: Target) -> tuple[Pass, ...]:
     """Fusion alone: the same numbers, fewer operators."""
-    return fuse(target)
+    return (*fuse(target), *pack(target))
 
 
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
-    return (*fuse(target), Rtn(bits=8, block_size=32, head_block_size=64))
+    return (*fuse(target), Rtn(bits=8, block_size=32, head_block_size=64), *pack(target))
 
 
 def int4(target: Target) -> tuple[Pass, ...]:
     """All weights in 4 bits, embedding and head included."""
     if target.provider == "cuda":  # zero points cost time there, and were only measured on the CPU
-        return (*fuse(target), Rtn(bits=4, block_size=32, head_bits=8, head_block_size=64))
-    # Halving the scales of gate and up costs no accuracy that was seen, of any other matrix it does.
-    return (*fuse(target), Rtn(bits=4, block_size=32, symmetric=False, overrides={"gate_up": {"block_size": 64}}))
+        rtn = Rtn(bits=4, block_size=32, head_bits=8, head_block_size=64)
+    else:  # half the scales of gate and up cost no accuracy that was seen; those of any other matrix do
+        wide = {kind: {"block_size": 64} for kind in ("gate", "up", "gate_up")}
+        rtn = Rtn(bits=4, block_size=32, symmetric=False, overrides=wide)
+    return (*fuse(target), rtn, *pack(target))
 
 
 def int4_small(target: Target) -> tuple[Pass, ...]:
     """As int4, with half as many scales: the smallest, and a visible loss."""
-    return (*fuse(target), Rtn(bits=4, block_size=64, symmetric=False))
+    return (*fuse(target), Rtn(bits=4, block_size=64, symmetric=False), *pack(target))

@@ -34,6 +34,10 @@ Integers = npt.NDArray[np.int64]
 # Logits of a prompt are computed in pieces of at most this many bytes where the graph allows pieces.
 PREFILL_LOGITS_BYTES = 256 << 20
 
+# A long prompt goes through in pieces of about so many tokens: attention over its own triangle alone costs less than
+# over the square that one piece would make, and what an operator gives fits the cache.
+PREFILL_TOKENS = 256
+
 # A graph may end in `Slice(hidden, -logits_to_keep)`, the count being a weight with a default that a feed overrides:
 # then a prompt does not pay for logits that nobody reads.
 _KEEP_NAMES = ("logits_to_keep", "num_logits_to_keep")
@@ -41,7 +45,7 @@ _KEEP_NAMES = ("logits_to_keep", "num_logits_to_keep")
 # Workers wait so many microseconds for the next operator before they sleep. One decode step is hundreds of small
 # operators in a row: not to wait costs a fifth on a quiet machine. To wait as long as ORT does by itself, a
 # millisecond, gains little there, and costs a third of the speed where another program runs.
-_ENTRIES = {"session.intra_op.spin_duration_us": "100"}
+_ENTRIES = {"session.intra_op.spin_duration_us": "150"}
 
 _MASKS_AT_ONCE = 64
 
@@ -292,15 +296,23 @@ class Decoding:
             mask_BS: 0 where padded; only for the first tokens of a batch.
         """
         ids = np.atleast_2d(np.asarray(ids_BS))
-        rows = max(1, PREFILL_LOGITS_BYTES // (self.batch * self._face.vocab_size * 4))
-        whole = self._face.last_only or self._face.keep or mask_BS is not None
-        if not whole and (self.batch == 1 or self._face.chunks_batches):
-            while ids.shape[1] > rows:
-                self._forward(ids[:, :rows], None, keep=1)
-                ids = ids[:, rows:]
+        if mask_BS is None and (self.batch == 1 or self._face.chunks_batches):
+            pieces = np.array_split(ids, self._num_pieces(ids.shape[1]), axis=1)
+            for piece in pieces[:-1]:
+                self._forward(piece, None, keep=1)
+            ids = pieces[-1]
         logits = self._forward(ids, mask_BS, keep=1)[:, -1]
         # The large buffer of the prompt must be free before the text goes on.
         return np.array(logits) if ids.shape[1] > 1 else logits
+
+    def _num_pieces(self, length: int) -> int:
+        """In how many pieces a prompt of `length` tokens goes through."""
+        count = 1
+        if not (self._face.last_only or self._face.keep):
+            count = -(-length * self.batch * self._face.vocab_size * 4 // PREFILL_LOGITS_BYTES)
+        if self._host and self._face.shares_cache and self.batch == 1:
+            count = max(count, round(length / PREFILL_TOKENS))
+        return min(max(count, 1), length)
 
     def forward(self, ids_BS: npt.ArrayLike, mask_BS: npt.ArrayLike | None = None) -> Floats:
         """Appends tokens, and gives the logits of all of them, `[B, S, V]` (`[B, 1, V]` of a pruned head)."""

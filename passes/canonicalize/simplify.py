@@ -27,6 +27,7 @@ NEWEST_OPSET = 24
 _LARGE = 4096  # elements from which on a weight is worth sharing
 _LARGEST_FOLDED = 1024  # elements; larger constants (rotary tables) are cheaper to compute at load than to store
 _MAX_ROUNDS = 6
+_FIRST_ROUNDS = 2  # on thousands of nodes; what a third round finds, the run after fusion finds on hundreds
 # Weights that a runtime feeds on purpose: they stay inputs, and nothing that reads them is folded.
 COUNTS = ("logits_to_keep", "num_logits_to_keep")
 # Folded by numpy, these may differ from ONNX Runtime's kernels in the last bit.
@@ -63,7 +64,7 @@ class Simplify(Pass):
             report.change(f"input {value.name}")
         before = len(graph)
         logging.getLogger("onnxscript").setLevel(logging.WARNING)
-        for number in range(_MAX_ROUNDS):
+        for number in range(_MAX_ROUNDS if self.shapes else _FIRST_ROUNDS):
             size = len(graph)
             _fold(model, self.shapes)
             if number == 0 and not self.shapes:

@@ -39,11 +39,9 @@ class PackGateUp(Pass):
                 continue
             gate, up = found
             site = node.name or node.outputs[0].name or "gated product"
-            if (gate.bias is None) != (up.bias is None):
-                report.skip(site, "one projection has a bias and one has none")
-                continue
-            if gate.weight is up.weight:
-                report.skip(site, "both projections have the same weight")
+            reason = projections.obstacle(found)
+            if reason is not None:
+                report.skip(site, reason)
                 continue
             _pack(fuser, site, gate, up)
         fuser.finish()
@@ -86,9 +84,8 @@ def _behind_activation(value: ir.Value | None) -> Projection | None:
 def _pack(fuser: Fuser, site: str, gate: Projection, up: Projection) -> None:
     graph = fuser.model.graph
     parts = (gate, up)
-    widths = [int(one.weight.const_value.shape.numpy()[1]) for one in parts if one.weight.const_value is not None]
-    node = gate.output.producer()
-    path = (node.name if node is not None else None) or site
+    widths = [one.width for one in parts]
+    path = gate.node.name or site
     packed = projections.pack(fuser, parts, f"{path.rpartition('/')[0] or path}/gate_up")
     sizes = constant(graph, np.array(widths, np.int64), "split/" + "x".join(map(str, widths)))
     split = ir.Node(

@@ -34,11 +34,9 @@ class PackQkv(Pass):
             if len(found) != 3:
                 report.skip(site, "queries, keys or values do not come straight from a projection")
                 continue
-            if len({id(one.activation) for one in found}) != 1:
-                report.skip(site, "the projections do not share their input")
-                continue
-            if len({one.bias is None for one in found}) != 1:
-                report.skip(site, "some projections have a bias and some have none")
+            reason = projections.obstacle(found)
+            if reason is not None:
+                report.skip(site, reason)
                 continue
             if any(producer(node.inputs[place], "Transpose", "Reshape") for place in (3, 4)):
                 report.skip(site, "the cache is no graph input")

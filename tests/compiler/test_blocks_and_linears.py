@@ -54,6 +54,8 @@ def test_linears_of_an_export_know_their_roles(tiny_export: Export, tmp_path: Pa
     kinds = Counter(linear.kind for linear in find_linears(source.model))
     assert kinds == {**dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), layers), "head": 1}
     pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
+    assert Counter(linear.kind for linear in find_linears(source.model)) == kinds
+    pipeline.run(source.model, pipeline.parse("pack"), Context(config=source.config))
     linears = find_linears(source.model)
     assert Counter(linear.kind for linear in linears) == {
         **dict.fromkeys(("qkv", "o", "gate_up", "down"), layers),

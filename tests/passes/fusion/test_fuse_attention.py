@@ -19,6 +19,7 @@ from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.models.source import Source
 from onnxpress.passes.fusion import fuse_attention
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
+from onnxpress.passes.fusion.pack_qkv import PackQkv
 
 Export = Callable[[str, str], Path]
 Feeds = dict[str, np.ndarray]
@@ -117,6 +118,7 @@ def test_softcap_and_query_scale_are_carried_over(tiny_export: Export, tmp_path:
 def test_queries_keys_and_values_are_packed_with_their_biases(tiny_export: Export, tmp_path: Path) -> None:
     source = source_of(tiny_export, "qwen2", tmp_path)
     fuse(source)
+    PackQkv().run(source.model, Context())
     assert all(node.inputs[1] is None and node.inputs[2] is None for node in attention_nodes(source))
 
 

@@ -16,6 +16,7 @@ from onnxpress.compiler import pipeline
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.fusion.pack_gate_up import PackGateUp
+from onnxpress.passes.quantization.rtn import Rtn
 
 WIDTH, INNER = 16, 24
 
@@ -71,7 +72,7 @@ def test_a_half_that_others_read_stays() -> None:
 def test_one_bias_alone_is_told() -> None:
     report = PackGateUp().run(gated(biases=(True, False)), Context())
     assert not report.changed
-    assert set(report.reasons()) == {"one projection has a bias and one has none"}
+    assert set(report.reasons()) == {"some projections have a bias and some have none"}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
@@ -79,10 +80,31 @@ def test_every_gated_layer_of_an_export(
     tiny_export: Callable[[str, str], Path], tmp_path: Path, architecture: str
 ) -> None:
     source = models.load(tiny_export(architecture, "optimum"), work_dir=tmp_path)
-    done = pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
+    done = pipeline.run(source.model, pipeline.parse("fuse, pack"), Context(config=source.config))
     report = next(report for pass_, report in done if pass_.name() == "pack_gate_up")
     kinds = [one.kind for one in find_linears(source.model)]
     layers = 0 if architecture == "gpt2" else source.config["num_hidden_layers"]
     assert len(report.changed) == kinds.count("gate_up") == layers
     assert "gate" not in kinds
     assert not report.skipped
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_are_packed_as_floats_are(symmetric: bool) -> None:
+    rtn = Rtn(bits=4, block_size=16, symmetric=symmetric)
+    early, late = gated(biases=(True, True)), gated(biases=(True, True))
+    for passes, model in (((PackGateUp(), rtn), early), ((rtn, PackGateUp()), late)):
+        for pass_ in passes:
+            assert pass_.run(model, Context()).changed
+    one, two = (next(one for one in find_linears(model) if one.num_out == 2 * INNER) for model in (early, late))
+    assert one.holder == two.holder == "MatMulNBits"
+    assert np.array_equal(one.w_NK(), two.w_NK())
+    assert np.array_equal(graphs.run(early)["logits"], graphs.run(late)["logits"])
+
+
+def test_different_formats_stay_apart() -> None:
+    model = gated()
+    Rtn(bits=4, block_size=16, overrides={"n1": {"bits": 8}}).run(model, Context())
+    report = PackGateUp().run(model, Context())
+    assert not report.changed
+    assert set(report.reasons()) == {"the projections are stored in different formats"}

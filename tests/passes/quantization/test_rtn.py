@@ -66,7 +66,8 @@ def test_law_least_squares_is_never_worse_than_the_range(w: Array, bits: int, sy
     common = {"bits": bits, "symmetric": symmetric, "scale_dtype": np.dtype(dtype)}
     *_, plain = rounded(w, scales="max", **common)
     restored, *_, best = rounded(w, scales="mse", **common)
-    assert (best <= plain * (1 + 1e-9)).all()
+    residue = 1e-28 * (w * w).sum(axis=1)  # of a block that both hit exactly: the last bits of the scale, squared
+    assert (best <= plain * (1 + 1e-9) + residue).all()
     assert np.allclose(((w - restored) ** 2).sum(axis=1), best, rtol=1e-6, atol=1e-12)
 
 
