@@ -7,11 +7,10 @@ with a parallel residual have one addition per block, plain residual networks co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-import networkx as nx
 import onnx_ir as ir
 
 # Operators that join the residual stream with the result of a sublayer, with the outputs that carry the sum.
@@ -45,15 +44,14 @@ class Block:
 def find_blocks(model: ir.Model) -> list[Block]:
     """The blocks of `model`, [] when it has no residual structure. The model is not changed.
 
-    Cost: one pass over the nodes and one dominator tree, O(E log N).
+    Cost: one pass over the nodes, each edge climbing the dominator tree at most once around a block.
     """
-    flow, order = _data_flow(model.graph)
-    end = _end(model.graph, flow)
+    order, parents = _dominator_tree(model.graph)
+    end = _end(model.graph, order)
     if end is None:
         return []
-    parents = nx.immediate_dominators(flow, _ROOT)
     chain = _chain(parents, id(end))
-    residuals = [key for key in chain if _is_residual(flow, order[key], parents)]
+    residuals = [key for key in chain if _is_residual(order[key], parents)]
     if not residuals:
         return []
     segments = _segments(order, parents, chain, residuals)
@@ -63,28 +61,35 @@ def find_blocks(model: ir.Model) -> list[Block]:
 _ROOT = 0
 
 
-def _data_flow(graph: ir.Graph) -> tuple[Any, dict[int, ir.Node]]:
-    """The graph of nodes (by id) that activations flow through, below one artificial root."""
-    flow, order = nx.DiGraph(), {}
-    flow.add_node(_ROOT)
+def _dominator_tree(graph: ir.Graph) -> tuple[dict[int, ir.Node], dict[int, int]]:
+    """The nodes (by id) that activations flow through, and of each the nearest node on all ways to it from the root.
+
+    In topological order that is the nearest common ancestor of a node's sources in the tree so far (Cooper, Harvey,
+    Kennedy, "A simple, fast dominance algorithm", 2001; without cycles one pass is enough).
+    """
+    order: dict[int, ir.Node] = {}
+    parents: dict[int, int] = {_ROOT: _ROOT}
+    depth: dict[int, int] = {_ROOT: 0}
+
+    def common(one: int, two: int) -> int:
+        while one != two:
+            if depth[one] < depth[two]:
+                one, two = two, one
+            one = parents[one]
+        return one
+
     starts = {id(node) for node in _entries(graph)}
-    reached: set[int] = set()
     for node in graph:
         key = id(node)
-        if key in starts:
-            flow.add_edge(_ROOT, key)
-            reached.add(key)
+        sources = [_ROOT] if key in starts else []
+        if node.op_type not in _SHAPE_ONLY:
+            producers = (value.producer() for value in node.inputs if value is not None)
+            sources += [id(one) for one in producers if one is not None and id(one) in order]
+        if sources:
             order[key] = node
-        if node.op_type in _SHAPE_ONLY:
-            continue
-        for value in node.inputs:
-            source = value.producer() if value is not None else None
-            if source is not None and id(source) in reached:
-                flow.add_edge(id(source), key)
-                if key not in reached:
-                    reached.add(key)
-                    order[key] = node
-    return flow, order
+            parents[key] = functools.reduce(common, sources)
+            depth[key] = depth[parents[key]] + 1
+    return order, parents
 
 
 def _entries(graph: ir.Graph) -> list[ir.Node]:
@@ -128,11 +133,11 @@ def _width_of_scales(node: ir.Node) -> int:
     return int(scales.shape[-1]) * block  # type: ignore[arg-type]
 
 
-def _end(graph: ir.Graph, flow: Any) -> ir.Node | None:
+def _end(graph: ir.Graph, order: dict[int, ir.Node]) -> ir.Node | None:
     """The node behind the first graph output that activations reach and that is no cache."""
     for value in graph.outputs:
         node = value.producer()
-        if node is not None and id(node) in flow and not (value.name or "").startswith("present"):
+        if node is not None and id(node) in order and not (value.name or "").startswith("present"):
             return node
     return None
 
@@ -146,11 +151,11 @@ def _chain(parents: dict[int, int], end: int) -> list[int]:
     return chain[::-1]
 
 
-def _is_residual(flow: Any, node: ir.Node, parents: dict[int, int]) -> bool:
+def _is_residual(node: ir.Node, parents: dict[int, int]) -> bool:
     if node.op_type not in ("Add", *_SKIP_NORMS) or parents[id(node)] == _ROOT:
         return False
     sources = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    joined = [source for source in sources if source is not None and id(source) in flow]
+    joined = [source for source in sources if source is not None and id(source) in parents]
     if len(joined) != 2:
         return False
     # The stream runs straight from the dominator into the join; the other operand went through the sublayer.
