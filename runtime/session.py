@@ -43,9 +43,9 @@ PREFILL_TOKENS = 256
 _KEEP_NAMES = ("logits_to_keep", "num_logits_to_keep")
 
 # Workers wait so many microseconds for the next operator before they sleep. One decode step is hundreds of small
-# operators in a row: not to wait costs a fifth on a quiet machine. To wait as long as ORT does by itself, a
-# millisecond, gains little there, and costs a third of the speed where another program runs.
-_ENTRIES = {"session.intra_op.spin_duration_us": "150"}
+# operators in a row: not to wait costs a fifth on a quiet machine. Between two steps lie some 200 us without work for
+# them. To wait as long as ORT does by itself, a millisecond, gains no more, and costs where another program runs.
+_ENTRIES = {"session.intra_op.spin_duration_us": "300"}
 
 _MASKS_AT_ONCE = 64
 

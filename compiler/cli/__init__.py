@@ -107,6 +107,7 @@ def entry() -> NoReturn:
     take them apart one by one at the end, costs a sixth of the time of `optimize`.
     """
     gc.set_threshold(100_000, 50, 50)
+    sys.setswitchinterval(2e-4)  # threads that compute in numpy need the interpreter often, and for moments only
     code = main()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):
