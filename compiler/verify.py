@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 # A chain of dozens of blocks amplifies what the order of additions changes in one of them.
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np.float64): 1e-6}
 
-_IN_MEMORY = 1 << 20  # bytes up to which a weight may travel inside a graph file
+_INLINE = 256  # bytes up to which a weight is kept in the graph file
+_IN_MEMORY = 1 << 20  # bytes up to which a weight that is in memory may travel inside a graph file
 
 T = TypeVar("T")
 Ids = npt.NDArray[np.int64]
@@ -51,7 +52,7 @@ def snapshot(model: ir.Model, directory: Path, name: str) -> Path:
         The graph file, `directory / name`.onnx.
     """
     path = directory / f"{name}.onnx"
-    ir.save(model, path, external_data=f"{name}.onnx.data", size_threshold_bytes=256)
+    ir.save(model, path, external_data=f"{name}.onnx.data", size_threshold_bytes=_INLINE)
     saved = ir.load(path).graph.initializers
     for key, value in model.graph.initializers.items():
         value.const_value = saved[key].const_value
@@ -59,15 +60,24 @@ def snapshot(model: ir.Model, directory: Path, name: str) -> Path:
 
 
 def in_place(model: ir.Model) -> tuple[bytes, Path] | None:
-    """The graph file that `model` would make, and the folder in which all its weights lie; None when they do not."""
-    folders = set()
+    """The graph file that `model` would make, and the folder in which all its large weights lie; None when they do not.
+
+    Small weights are taken into the file: shape inference cannot read others.
+    """
+    folders, small = set(), {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > _INLINE:
             folders.add(Path(tensor.base_dir))
         elif isinstance(tensor, ir.LazyTensor) or tensor is None or tensor.nbytes > _IN_MEMORY:
             return None
-    return (ir.to_proto(model).SerializeToString(), folders.pop()) if len(folders) == 1 else None
+        elif isinstance(tensor, ir.ExternalTensor):
+            small[value] = tensor
+    if len(folders) != 1:
+        return None
+    for value, tensor in small.items():
+        value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+    return ir.to_proto(model).SerializeToString(), folders.pop()
 
 
 def in_thread(compute: Callable[[], T]) -> Future[T]:

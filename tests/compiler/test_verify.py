@@ -17,7 +17,7 @@ from onnxpress.compiler.linears import find_linears, unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.probe import Probe, kl_divergence, log_softmax
 from onnxpress.compiler.registry import find
-from onnxpress.compiler.verify import LossMeter, Verifier, compare, snapshot, write_with_exact_activations
+from onnxpress.compiler.verify import LossMeter, Verifier, compare, in_place, snapshot, write_with_exact_activations
 
 IDS = np.arange(3, 67)[None]
 
@@ -126,6 +126,49 @@ def test_the_kl_is_that_of_the_outputs(tmp_path: Path) -> None:
     after = Probe(tmp_path / "final.onnx").logits(IDS)[0]
     expected = kl_divergence(log_softmax(before), log_softmax(after)).mean()
     assert report.metrics["kl"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_on_disk_are_measured_where_they_lie(tmp_path: Path) -> None:
+    """The same divergence as from a saved copy, and no copy."""
+    source = tmp_path / "source"
+    source.mkdir()
+    ir.save(decoder(), source / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=0)
+    model = ir.load(source / "model.onnx")
+    found = in_place(model)
+    assert found is not None
+    assert found[1] == source
+    assert len(found[0]) < 50_000  # the graph alone
+    watcher = LossMeter([Lossy()], tmp_path, IDS)
+    (_, report), *_ = pipeline.run(model, [Lossy(factor=1.5)], Context(), [watcher])
+    assert not list(tmp_path.glob("reference*"))
+    watcher.finish(snapshot(model, tmp_path, "final"))
+    _, (copied,) = meter([Lossy(factor=1.5)], tmp_path)
+    assert report.metrics["kl"] == pytest.approx(copied.metrics["kl"], rel=1e-4)
+
+
+def test_what_is_not_on_disk_needs_a_copy(tmp_path: Path) -> None:
+    model = decoder()
+    linear = find_linears(model)[0]
+    array = linear.w_NK().copy()
+    snapshot(model, tmp_path, "whole")
+    assert in_place(model) is not None
+    linear.set_weight(lambda: array, "lazy")
+    assert in_place(model) is None
+    other = tmp_path / "other"
+    other.mkdir()
+    model.graph.initializers["lazy"].const_value = ir.ExternalTensor(
+        "file", 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name="lazy", base_dir=other
+    )
+    assert in_place(model) is None  # two folders
+
+
+def test_an_error_in_the_thread_is_an_error(tmp_path: Path) -> None:
+    def sample() -> tuple[np.ndarray, str]:
+        raise OSError("tokenizer.json: cannot be read")
+
+    watcher = LossMeter([Lossy()], tmp_path, sample=sample)
+    with pytest.raises(OSError, match=r"tokenizer\.json"):
+        pipeline.run(decoder(), [Lossy(factor=2.0)], Context(), [watcher])
 
 
 def test_error_of_weights_and_of_activations_apart(tmp_path: Path) -> None:

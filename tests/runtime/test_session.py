@@ -150,6 +150,27 @@ def test_a_long_prompt_is_taken_in_pieces_where_all_logits_are_computed(decoder,
     assert len(runs) == pieces
 
 
+@pytest.mark.parametrize(("kind", "pieces"), [("lengths", 3), ("fused", 3), ("growing", 1)])
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_long_prompt_is_taken_in_equal_pieces_where_the_cache_is_shared(decoder, monkeypatch, kind, pieces, known):
+    session = decoder(kind)
+    ids = text(session)
+    expected = session.run_logits(ids)[:, -1].copy()
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", 4)
+    decoding = session.begin(1, LENGTH)
+    if known:
+        decoding.prefill(ids[:, :known])
+    lengths = []
+    forward = decoding._forward
+    decoding._forward = lambda piece, *rest, **named: (lengths.append(piece.shape[1]), forward(piece, *rest, **named))[
+        1
+    ]
+    close(decoding.prefill(ids[:, known:]), expected)
+    assert sum(lengths) == LENGTH - known
+    assert len(lengths) == (pieces if known == 0 else min(pieces, 2))
+    assert max(lengths) - min(lengths) <= 1
+
+
 def test_the_end_of_the_cache_is_said(decoder):
     decoding = decoder("fused").begin(1, 4)
     decoding.prefill([[1, 2, 3]])
