@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def optimize(
     clock = _Clock()
     tell = tell or _log
     directory = _temporary() if output is None else Path(output).expanduser()
-    with staged(directory) as stage:
+    with staged(directory) as stage, ExitStack() as ending:
         context.work_dir = stage.work
         with clock.timed("load"):
             source = models.load(
@@ -104,6 +104,8 @@ def optimize(
         verifier = _verifier(source, context, stage) if verify else None
         watching: list[Observer] = [_Narrator(tell, len(pipeline))]
         watching += [observer for observer in (verifier, meter) if observer is not None]
+        if meter is not None:
+            ending.callback(meter.close)
         with clock.timed("passes"):
             done = pipelines.run(source.model, pipeline, context, watching)
         tell("writing the artifact")

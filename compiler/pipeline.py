@@ -61,7 +61,7 @@ def parse(text: str, target: Target = TARGETS["cpu"]) -> Pipeline:
     except SyntaxError as error:
         place = text[: max((error.offset or 1) - 2, 0)]
         raise OptionError(
-            f"passes: cannot read {text!r} after {place!r}", hint="write: fuse, rtn(bits=4, block_size=32)"
+            f"passes: cannot read {text!r} after {place!r}", hint="write: fuse, rtn(bits=4, block_size=32), pack"
         ) from None
     assert isinstance(tree, ast.Tuple)
     passes: list[Pass] = []
@@ -142,10 +142,12 @@ def _call(item: ast.expr) -> tuple[str, dict[str, Any]]:
             return name, {str(one.arg): ast.literal_eval(one.value) for one in item.keywords}
         except ValueError:
             raise OptionError(
-                f"{name}: options are plain numbers, strings or tuples, got {ast.unparse(item)}",
+                f"{name}: options are plain numbers, strings, tuples or dicts, got {ast.unparse(item)}",
                 hint="quote words: svd(ratio=0.3), mixed(size='90MB')",
             ) from None
-    raise OptionError(f"passes: expected a name or a call, got {ast.unparse(item)!r}", hint="write: fuse, rtn(bits=4)")
+    raise OptionError(
+        f"passes: expected a name or a call, got {ast.unparse(item)!r}", hint="write: fuse, rtn(bits=4), pack"
+    )
 
 
 def _spell(name: str) -> str:

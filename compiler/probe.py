@@ -155,7 +155,7 @@ def image_sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 def log_softmax(logits_TV: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Natural logarithms of the probabilities along the last axis."""
-    result = np.empty_like(logits_TV)
+    result = np.empty(logits_TV.shape, logits_TV.dtype)
     width = logits_TV.shape[-1]
     # Row by row: one fits the cache, and a temporary array of them all costs more than the arithmetic.
     for row, out in zip(logits_TV.reshape(-1, width), result.reshape(-1, width), strict=True):

@@ -62,22 +62,33 @@ def read_projection(value: ir.Value | None) -> Projection | None:
     """The projection that gives `value`, if nothing else reads its parts; None when it is something else."""
     if value is None or value.is_graph_output():
         return None
-    bias = None
-    node = producer(value, "MatMul", _QUANTIZED, "Add")
-    if node is not None and node.op_type == "Add":
-        bias = next((one for one in node.inputs if vector(one) is not None), None)
-        inner = other(node, bias)
-        if bias is None or inner is None or len(inner.uses()) != 1:
+    node, bias = find_product(value), None
+    if node is None:
+        return None
+    if node.outputs[0] is not value:
+        inner, add = node.outputs[0], value.producer()
+        if len(inner.uses()) != 1 or inner.is_graph_output() or add is None:
             return None
-        node = producer(inner, "MatMul", _QUANTIZED)
-    if node is None or any(one is None or one.const_value is None for one in node.inputs[1:4]):
+        bias = other(add, inner)
+    if any(one is None or one.const_value is None for one in node.inputs[1:4]):
         return None
     if any(one is not None for one in node.inputs[4:]):  # an order of columns, or a bias of its own
         return None
     weight = node.inputs[1]
-    if weight is None or (node.op_type == "MatMul" and len(_sizes(weight)) != 2):
+    if node.op_type == "Gemm" or weight is None or (node.op_type == "MatMul" and len(_sizes(weight)) != 2):
         return None
-    return Projection(node, bias, value)
+    found = Projection(node, bias, value)
+    return None if bias is not None and _sizes(bias) != [found.width] else found
+
+
+def find_product(value: ir.Value | None) -> ir.Node | None:
+    """The product with a matrix behind `value`, at most a constant vector added; whatever else reads it."""
+    node = producer(value, "MatMul", _QUANTIZED, "Gemm", "Add")
+    if node is not None and node.op_type == "Add":
+        inner = other(node, next((one for one in node.inputs if vector(one) is not None), None))
+        has_bias = any(vector(one) is not None for one in node.inputs)
+        node = producer(inner, "MatMul", _QUANTIZED, "Gemm") if has_bias else None
+    return node
 
 
 def obstacle(parts: Sequence[Projection]) -> str | None:
@@ -88,8 +99,9 @@ def obstacle(parts: Sequence[Projection]) -> str | None:
         return "some projections have a bias and some have none"
     if any(one.format != parts[0].format for one in parts):
         return "the projections are stored in different formats"
-    if len({id(one.weights[0]) for one in parts}) != len(parts):
-        return "some projections have the same weight"
+    stored = [value for one in parts for value in (*one.weights, one.bias) if value is not None]
+    if any(len(value.uses()) != 1 or value.is_graph_output() for value in stored):
+        return "other nodes read a weight too: joined, it would be stored twice"
     return None
 
 
@@ -105,6 +117,7 @@ def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
         The packed output.
     """
     graph, first = fuser.model.graph, parts[0].node
+    name = _unused(graph, name)
     axis, width = _axis(first), sum(one.width for one in parts)
     roles = ("weight",) if axis else ("codes", "scale", "zero")
     columns = zip(*(one.weights for one in parts), strict=True)
@@ -115,26 +128,33 @@ def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
     if biases:
         bias = _joined(graph, biases, f"{name}.bias", axis=0)
         nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias], name=f"{name}/bias"))
+    output = parts[0].output
     for node in nodes:
         node.outputs[0].name = f"{node.name}.out"
-        node.outputs[0].shape = ir.Shape([None, None, width])
-        node.outputs[0].type = parts[0].output.type
+        node.outputs[0].shape = None if output.shape is None else ir.Shape([*list(output.shape)[:-1], width])
+        node.outputs[0].type = output.type
     fuser.insert(nodes)
     return nodes[-1].outputs[0]
 
 
 def drop(graph: ir.Graph, part: Projection) -> None:
     """Removes the nodes of a projection that nothing reads any more, and its weights."""
+    add = part.output.producer()
+    dead = [part.node] if add is part.node or add is None else [add, part.node]
     weights = part.weights if part.bias is None else [*part.weights, part.bias]
+    graph.remove(dead, safe=True)
     for value in weights:
-        for node in list(value.consumers()):
-            readers = [reader for output in node.outputs for reader in output.consumers()]
-            for reader in readers:
-                if reader.op_type == "Add" and not reader.outputs[0].uses():
-                    graph.remove(reader, safe=True)
-            if not any(output.uses() for output in node.outputs):
-                graph.remove(node, safe=True)
         drop_unused(graph, value)
+
+
+def _unused(graph: ir.Graph, base: str) -> str:
+    """`base`, or `base_1`, `base_2`, ... when nodes, values or weights of the graph are called so."""
+    taken = {name for node in graph for name in (node.name, *(value.name for value in node.outputs))}
+    name, number = base, 0
+    while name in taken or f"{name}.out" in taken or any(key.startswith(f"{name}.") for key in graph.initializers):
+        number += 1
+        name = f"{base}_{number}"
+    return name
 
 
 def _axis(node: ir.Node) -> int:

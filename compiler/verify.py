@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np.float64): 1e-6}
 
 _INLINE = 256  # bytes up to which a weight is kept in the graph file
-_IN_MEMORY = 1 << 20  # bytes up to which a weight that is in memory may travel inside a graph file
+_IN_MEMORY = 64 << 20  # bytes of all weights in memory up to which they may travel inside a graph file
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 T = TypeVar("T")
 Ids = npt.NDArray[np.int64]
@@ -64,16 +65,20 @@ def in_place(model: ir.Model) -> tuple[bytes, Path] | None:
 
     Small weights are taken into the file: shape inference cannot read others.
     """
-    folders, small = set(), {}
+    folders, small, in_memory = set(), {}, 0
+    if any(attribute.type in _GRAPHS for node in model.graph for attribute in node.attributes.values()):
+        return None  # a branch or loop may hold weights of its own
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > _INLINE:
             folders.add(Path(tensor.base_dir))
-        elif isinstance(tensor, ir.LazyTensor) or tensor is None or tensor.nbytes > _IN_MEMORY:
+        elif isinstance(tensor, ir.LazyTensor) or tensor is None:
             return None
-        elif isinstance(tensor, ir.ExternalTensor):
-            small[value] = tensor
-    if len(folders) != 1:
+        else:
+            in_memory += tensor.nbytes
+            if isinstance(tensor, ir.ExternalTensor):
+                small[value] = tensor
+    if len(folders) != 1 or in_memory > _IN_MEMORY:
         return None
     for value, tensor in small.items():
         value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
@@ -98,6 +103,10 @@ def discard(path: Path) -> None:
     """Removes a snapshot and its weights."""
     for file in (path, path.with_name(path.name + ".data")):
         file.unlink(missing_ok=True)
+
+
+class _ClosedError(Exception):
+    """The run that wanted a measurement is over."""
 
 
 @dataclass
@@ -133,12 +142,22 @@ class LossMeter:
     _pending: Report | None = None
     _position: int = 0
     _is_causal: bool = False
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """Nobody will ask any more: a measurement in the thread that has not begun is given up, and none is told of."""
+        self._closed.set()
 
     def before(self, pass_: Pass, model: ir.Model) -> None:
         """Measures the reference before the first LOSSY pass, in a thread beside it."""
         if pass_.promise is not Promise.LOSSY or self._reference is not None:
             return
-        content, folder = in_place(model) or (self._snapshot(model, "reference"), None)
+        content: Path | bytes
+        found, folder = in_place(model), None
+        if found is None or found[1] == self.work_dir:  # where a verifier removes what it is done with
+            content = self._snapshot(model, "reference")
+        else:
+            content, folder = found
         # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
         prepacked = any(node.op_type == "MatMulNBits" for node in model.graph)
         threads = max(1, (os.cpu_count() or 1) // 2)
@@ -146,6 +165,8 @@ class LossMeter:
         def measure() -> Outputs:
             if self.sample is not None:
                 self.ids, self.about = self.sample()
+            if self._closed.is_set():
+                raise _ClosedError
             return self._run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
 
         self._reference = in_thread(lambda: self._guarded(measure))
@@ -233,11 +254,12 @@ class LossMeter:
         """None, and a word in the card, when the model does not run here: a CUDA artifact may be built without one."""
         try:
             return measure()
-        except (UserError, MemoryError, OSError):
+        except (UserError, MemoryError, OSError, _ClosedError):
             raise
         except Exception as error:  # ORT has one exception type per C++ code
             reason = first_line(error)
-            logger.warning("the loss was not measured: %s", reason)
+            if not self._closed.is_set():
+                logger.warning("the loss was not measured: %s", reason)
             self.quality["not_measured"] = reason
             return None
 

@@ -296,6 +296,7 @@ class Decoding:
             mask_BS: 0 where padded; only for the first tokens of a batch.
         """
         ids = np.atleast_2d(np.asarray(ids_BS))
+        self._check_room(ids.shape[1])
         if mask_BS is None and (self.batch == 1 or self._face.chunks_batches):
             pieces = np.array_split(ids, self._num_pieces(ids.shape[1]), axis=1)
             for piece in pieces[:-1]:
@@ -305,6 +306,13 @@ class Decoding:
         # The large buffer of the prompt must be free before the text goes on.
         return np.array(logits) if ids.shape[1] > 1 else logits
 
+    def _check_room(self, new: int) -> None:
+        if self.length + new > self.max_length:
+            raise OptionError(
+                f"decoding: expected at most {self.max_length} tokens, got {self.length + new}",
+                hint="ask for fewer new tokens, or shorten the prompt",
+            )
+
     def _num_pieces(self, length: int) -> int:
         """In how many pieces a prompt of `length` tokens goes through."""
         count = 1
@@ -312,7 +320,7 @@ class Decoding:
             count = -(-length * self.batch * self._face.vocab_size * 4 // PREFILL_LOGITS_BYTES)
         if self._host and self._face.shares_cache and self.batch == 1:
             count = max(count, round(length / PREFILL_TOKENS))
-        return min(max(count, 1), length)
+        return max(1, min(count, length))
 
     def forward(self, ids_BS: npt.ArrayLike, mask_BS: npt.ArrayLike | None = None) -> Floats:
         """Appends tokens, and gives the logits of all of them, `[B, S, V]` (`[B, 1, V]` of a pruned head)."""
@@ -391,11 +399,7 @@ class Decoding:
         total = self.length + new
         if ids.shape[0] != self.batch or new < 1:
             raise OptionError(f"decoding: expected ids of shape [{self.batch}, 1 or more], got {list(ids.shape)}")
-        if total > self.max_length:
-            raise OptionError(
-                f"decoding: expected at most {self.max_length} tokens, got {total}",
-                hint="ask for fewer new tokens, or shorten the prompt",
-            )
+        self._check_room(new)
         if self.batch > 1 and self.length and new > 1 and not face.chunks_batches:
             raise OptionError("decoding: this graph takes a batch in one piece, then token by token")
         if mask is not None:

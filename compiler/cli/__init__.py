@@ -108,12 +108,17 @@ def entry() -> NoReturn:
     """
     gc.set_threshold(100_000, 50, 50)
     sys.setswitchinterval(2e-4)  # threads that compute in numpy need the interpreter often, and for moments only
-    code = main()
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+    code = 1
+    try:
+        code = main()
+        atexit._run_exitfuncs()  # no public name does what the interpreter would do now
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never there
+                stream.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

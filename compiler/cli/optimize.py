@@ -22,7 +22,7 @@ def optimize(
     ] = None,
     passes: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help='A pipeline, such as "fuse, rtn(bits=4)"; instead of a recipe.'),
+        typer.Option(metavar="TEXT", help='A pipeline, such as "fuse, rtn(bits=4), pack"; instead of a recipe.'),
     ] = None,
     target: Annotated[str, typer.Option(metavar="cpu|cuda", help="What the artifact is built for.")] = "cpu",
     calibration: Annotated[

@@ -20,6 +20,7 @@ from onnxpress.compiler.fusing import Fuser, constant, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.projections import Projection
 
+_SPLIT_OPSET = 13
 _STEPS = 12  # operators an activation function may consist of
 
 
@@ -34,11 +35,18 @@ class PackGateUp(Pass):
         report = Report()
         fuser = Fuser(model, report, context.seed)
         for node in list(model.graph):
-            found = _gated(node) if node.op_type == "Mul" else None
+            if node.op_type != "Mul":
+                continue
+            site = node.name or node.outputs[0].name or "gated product"
+            found = _gated(node)
             if found is None:
+                if _looks_gated(node):
+                    report.skip(site, "gate or up is read elsewhere too, or held in a way that cannot be joined")
+                continue
+            if model.opset_imports.get("", 18) < _SPLIT_OPSET:
+                report.skip(site, f"Split takes sizes as an input from opset {_SPLIT_OPSET} on")
                 continue
             gate, up = found
-            site = node.name or node.outputs[0].name or "gated product"
             reason = projections.obstacle(found)
             if reason is not None:
                 report.skip(site, reason)
@@ -59,6 +67,30 @@ def _gated(node: ir.Node) -> tuple[Projection, Projection] | None:
         if gate is not None and gate.activation is up.activation and gate.output is not up.output:
             return gate, up
     return None
+
+
+def _looks_gated(node: ir.Node) -> bool:
+    """Whether two products with the same activation meet in `node`, one of them through a function."""
+    for place in (0, 1):
+        up = projections.find_product(node.inputs[place])
+        queue, seen = [node.inputs[1 - place]], 0
+        while up is not None and queue and seen < _STEPS:
+            value, seen = queue.pop(), seen + 1
+            gate = projections.find_product(value)
+            if gate is not None:
+                if gate is not up and gate.inputs[0] is up.inputs[0] and _holds_matrix(gate) and _holds_matrix(up):
+                    return True
+                continue
+            queue += () if producer(value) is None else producer(value).inputs  # type: ignore[union-attr]
+    return False
+
+
+def _holds_matrix(node: ir.Node) -> bool:
+    """Whether the second operand is a weight, at most transposed."""
+    value = node.inputs[1]
+    turned = producer(value, "Transpose")
+    source = value if turned is None else turned.inputs[0]
+    return source is not None and source.const_value is not None
 
 
 def _behind_activation(value: ir.Value | None) -> Projection | None:
@@ -89,7 +121,7 @@ def _pack(fuser: Fuser, site: str, gate: Projection, up: Projection) -> None:
     packed = projections.pack(fuser, parts, f"{path.rpartition('/')[0] or path}/gate_up")
     sizes = constant(graph, np.array(widths, np.int64), "split/" + "x".join(map(str, widths)))
     split = ir.Node(
-        "", "Split", [packed, sizes], [ir.AttrInt64("axis", -1)], num_outputs=2, name=f"{packed.name}/split"
+        "", "Split", [packed, sizes], [ir.AttrInt64("axis", -1)], num_outputs=2, name=f"{packed.name}.split"
     )
     outputs = [one.output for one in parts]
     fuser.replace(site, outputs, list(split.outputs), [split], widths=widths)

@@ -10,6 +10,7 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import os
@@ -82,7 +83,7 @@ def round_blocks(
 
     Laws:   |w - (code - zero) scale| <= |scale| / 2 with "max", asymmetric, and for all but the end opposite to the
             largest weight when symmetric; "mse" never has a larger error than "max" on any block, but for the last bits
-            of the scale; a block that lies on a grid of integers is reproduced.
+            of the scale; a block on a grid of integers that uses the whole range is reproduced.
     Cost:   O(K N) for each start, about 1.5 ns a weight and start.
     """
     scale_GN, zero_GN = _range(w_GbN, bits, symmetric)
@@ -264,6 +265,7 @@ class _Site:
     embeddings: list[Embedding] = field(default_factory=list)
 
 
+_ROLES = {*KINDS, "embedding"}
 _OVERRIDABLE: dict[str, tuple[int, ...]] = {"bits": BITS, "block_size": BLOCK_SIZES, "symmetric": (False, True)}
 
 
@@ -288,8 +290,8 @@ class Rtn(Pass):
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
     # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
-    # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
-    overrides: dict[str, dict[str, int | bool]] = field(default_factory=dict)
+    # one that fits counts. A role that the model lacks is skipped, a pattern without a match is an error.
+    overrides: dict[str, dict[str, int | bool]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,7 +311,9 @@ class Rtn(Pass):
                 self.check(option in _OVERRIDABLE, "overrides", f"of the options {', '.join(_OVERRIDABLE)}")
                 allowed = " or ".join(map(str, _OVERRIDABLE[option]))
                 self.check(value in _OVERRIDABLE[option], "overrides", f"{allowed} for {name}, {option}")
-        self._check_kernels("cpu", "use block_size=64")
+        object.__setattr__(self, "overrides", copy.deepcopy(self.overrides))  # nobody else's dict
+        for is_head in (False, True):
+            self._check_kernel(self._format([], "", is_head=is_head), "cpu")
 
     @classmethod
     def example(cls, model: ir.Model) -> Rtn:
@@ -326,20 +330,24 @@ class Rtn(Pass):
                 found = _Format(bits, block_size, bool(changes.get("symmetric", found.symmetric)))
         return found
 
-    def _check_kernels(self, provider: str, hint: str) -> None:
-        for names, is_head in ([], False), ([], True), *(([name], False) for name in self.overrides):
-            chosen = self._format(names, "", is_head=is_head)
-            reason = slow_kernel(chosen.bits, chosen.block_size, provider)
-            if reason is not None:
-                raise OptionError(f"rtn: {reason}", hint=hint)
+    def _check_kernel(self, chosen: _Format, provider: str) -> None:
+        reason = slow_kernel(chosen.bits, chosen.block_size, provider)
+        if reason is not None:
+            raise OptionError(f"rtn: {reason}", hint="use block_size=64" if chosen.bits == 2 else "use block_size=128")
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
-        self._check_kernels(context.target.provider, "use block_size=128 or 32")
+        for is_head in (False, True):
+            self._check_kernel(self._format([], "", is_head=is_head), context.target.provider)
         report = Report()
         linears = find_linears(model, expand_pairs=True)
         embeddings = _token_tables(find_embeddings(model, linears))
         self._check_effect(linears, embeddings)
         sites = self._plan(linears, embeddings, context, report)
+        for site in sites:
+            self._check_kernel(site.format, context.target.provider)
+        kinds = {one.kind for one in linears} | ({"embedding"} if embeddings else set())
+        for role in (one for one in self.overrides if one in _ROLES and one not in kinds):
+            report.skip(role, "overridden, but the model has none")
         loss = norm = 0.0
         weights = nbytes = 0
         with _workers() as pool:
@@ -373,10 +381,9 @@ class Rtn(Pass):
 
     def _check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
         names = [one.name for one in linears] + ["embedding"] * bool(embeddings)
-        roles = {*KINDS, "embedding"}
         for option, patterns in (("exclude", self.exclude), ("overrides", [*self.overrides])):
             for pattern in patterns:
-                is_role = option == "overrides" and pattern in roles
+                is_role = option == "overrides" and pattern in _ROLES
                 if not is_role and not fnmatch.filter(names, pattern):
                     raise OptionError(
                         f"rtn: {option}={pattern!r} matches no linear", hint=f"names are like {names[:3]}"
@@ -411,6 +418,12 @@ class Rtn(Pass):
                     report.skip(linear.name, "codes and scales would take no less than the weights do")
                     continue
                 site = sites.setdefault(key, new)
+                if site.format != new.format:
+                    raise OptionError(
+                        f"rtn: {site.name} and {linear.name} share a weight, but the options store it in two ways: "
+                        f"{site.format} and {new.format}",
+                        hint="give overrides that fit both names",
+                    )
                 site.linears.append(linear)
                 if embedding is not None:
                     site.embeddings.append(embedding)

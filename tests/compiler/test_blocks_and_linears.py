@@ -14,7 +14,7 @@ import pytest
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
-from onnxpress.compiler.blocks import find_blocks
+from onnxpress.compiler.blocks import _dominator_tree, find_blocks
 from onnxpress.compiler.linears import find_embeddings, find_linears, unique_name
 from onnxpress.compiler.pass_ import Context
 from onnxpress.models.source import Source
@@ -156,3 +156,30 @@ def test_tied_table_knows_its_head() -> None:
     (embedding,) = find_embeddings(builder.finish(builder.step("linear", x, x), True, table))
     assert (embedding.num_rows, embedding.width) == (96, 32)
     assert embedding.head is not None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_law_a_parent_is_the_nearest_node_on_all_ways(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = ir.val("past", ir.DataType.FLOAT, [1])
+    start = ir.val("x", ir.DataType.FLOAT, [1])
+    nodes: list[ir.Node] = []
+    for number in range(25):
+        known = [start, *(node.outputs[0] for node in nodes)]
+        recent = known[-5:]
+        picked = rng.choice(len(recent), size=rng.integers(1, min(3, len(recent)) + 1), replace=False)
+        nodes.append(ir.node("Sum", [recent[index] for index in picked], name=f"n{number}"))
+    graph = ir.Graph([start, x], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": 18})
+    order, parents = _dominator_tree(graph)
+    sources = {
+        id(node): [id(value.producer()) if value.producer() else 0 for value in node.inputs if value is not None]
+        for node in nodes
+    }
+
+    def is_reached(end: int, without: int) -> bool:
+        return end == 0 or (end != without and any(is_reached(one, without) for one in sources[end]))
+
+    for key in order:
+        dominators = {one for one in order if one != key and not is_reached(key, one)}
+        nearest = next((one for one in reversed(list(order)) if one in dominators), 0)
+        assert parents[key] == nearest

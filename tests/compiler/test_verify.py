@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -160,6 +162,38 @@ def test_what_is_not_on_disk_needs_a_copy(tmp_path: Path) -> None:
         "file", 0, array.nbytes, ir.DataType.FLOAT, shape=ir.Shape(array.shape), name="lazy", base_dir=other
     )
     assert in_place(model) is None  # two folders
+
+
+def test_a_verifier_takes_nothing_away_from_the_reference(tmp_path: Path) -> None:
+    def sample() -> tuple[np.ndarray, str]:
+        time.sleep(0.5)
+        return IDS, "test"
+
+    source = tmp_path / "source.onnx"
+    ir.save(decoder(), source, external_data="source.onnx.data")
+    model, work = ir.load(source), tmp_path / "work"
+    work.mkdir()
+    passes = [Lossy(factor=1.5), Close()]
+    watcher = LossMeter(passes, work, sample=sample)
+    pipeline.run(model, passes, Context(), [Verifier(work, VOCABULARY), watcher])
+    watcher.finish(snapshot(model, work, "final"))
+    assert watcher.quality["kl"] > 0
+
+
+def test_a_closed_meter_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Event()
+
+    def sample() -> tuple[np.ndarray, str]:
+        gate.wait(10)
+        return IDS, "test"
+
+    watcher = LossMeter([Lossy()], tmp_path, sample=sample)
+    watcher.before(Lossy(), decoder())
+    watcher.close()
+    gate.set()
+    assert watcher._reference is not None
+    assert watcher._reference.exception(10) is not None
+    assert not caplog.records
 
 
 def test_an_error_in_the_thread_is_an_error(tmp_path: Path) -> None:

@@ -171,6 +171,16 @@ def test_a_long_prompt_is_taken_in_equal_pieces_where_the_cache_is_shared(decode
     assert max(lengths) - min(lengths) <= 1
 
 
+def test_a_prompt_that_does_not_fit_is_refused_before_its_first_piece(decoder, monkeypatch):
+    monkeypatch.setattr(sessions, "PREFILL_TOKENS", 4)
+    decoding = decoder("fused").begin(1, 10)
+    with pytest.raises(OptionError, match="at most 10 tokens, got 12"):
+        decoding.prefill(text(decoder("fused")))
+    assert decoding.length == 0
+    with pytest.raises(OptionError, match="1 or more"):
+        decoding.prefill(np.zeros((1, 0), np.int64))
+
+
 def test_the_end_of_the_cache_is_said(decoder):
     decoding = decoder("fused").begin(1, 4)
     decoding.prefill([[1, 2, 3]])

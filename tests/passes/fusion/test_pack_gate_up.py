@@ -67,6 +67,67 @@ def test_one_product_gives_both_halves(activation: str, biases: tuple[bool, bool
 def test_a_half_that_others_read_stays() -> None:
     report = PackGateUp().run(gated(extra=True), Context())
     assert not report.changed
+    assert len(report.skipped) == 1
+
+
+@pytest.mark.parametrize("opset", [11, 12])
+def test_old_opsets_have_another_split(opset: int) -> None:
+    model = gated("Relu")
+    model.graph.opset_imports[""] = opset
+    report = PackGateUp().run(model, Context())
+    assert not report.changed
+    assert list(report.reasons()) == ["Split takes sizes as an input from opset 13 on"]
+
+
+@pytest.mark.parametrize("what", ["product", "weight", "bias"])
+def test_what_a_graph_output_needs_stays(what: str) -> None:
+    """The product before the bias is an output; a weight or a bias serves an output too."""
+    model = gated("Relu", biases=(True, True))
+    linear = find_linears(model)[0]
+    add = linear.output.consumers()[0]
+    if what == "product":
+        extra = linear.output
+    elif what == "weight":
+        node = ir.node("MatMul", [linear.activation, linear.weight], name="again")
+        model.graph.append(node)
+        extra = node.outputs[0]
+    else:
+        node = ir.node("Add", [linear.output, add.inputs[1]], name="again")
+        model.graph.append(node)
+        extra = node.outputs[0]
+    extra.name, extra.dtype, extra.shape = "extra", ir.DataType.FLOAT, ir.Shape([None, None, INNER])
+    model.graph.outputs.append(extra)
+    before = graphs.run(model)
+    report = PackGateUp().run(model, Context())
+    assert not report.changed
+    assert len(report.skipped) == 1
+    check.close(before["extra"], graphs.run(model)["extra"], tolerance=1e-6)
+
+
+def test_two_layers_in_one_scope_get_names_of_their_own() -> None:
+    builder = graphs.Builder(WIDTH, 96, 0)
+    table = builder.weight(96, WIDTH, name="table")
+    x = builder.op("Gather", table, builder.ids, width=WIDTH, axis=0)
+    for _ in range(2):
+        x = builder.step("gated", x, x)
+    model = builder.finish(x, False, table)
+    for number, node in enumerate(model.graph):
+        node.name = f"/mlp/{node.op_type}_{number}"
+    before = graphs.run(model)
+    assert len(PackGateUp().run(model, Context()).changed) == 2
+    check.close(before["logits"], graphs.run(model)["logits"], tolerance=1e-5)
+
+
+def test_layers_that_share_weights_stay() -> None:
+    builder = graphs.Builder(WIDTH, 96, 0)
+    table, w, v, d = (builder.weight(*shape) for shape in ((96, WIDTH), (WIDTH, 24), (WIDTH, 24), (24, WIDTH)))
+    x = builder.op("Gather", table, builder.ids, width=WIDTH, axis=0)
+    for _ in range(2):
+        gate, up = (builder.op("MatMul", x, one, width=24) for one in (w, v))
+        x = builder.op("MatMul", builder.op("Mul", builder.op("Relu", gate, width=24), up, width=24), d, width=WIDTH)
+    report = PackGateUp().run(builder.finish(x, False, table), Context())
+    assert not report.changed
+    assert len(report.skipped) == 2
 
 
 def test_one_bias_alone_is_told() -> None:

@@ -258,6 +258,11 @@ def test_overrides_by_role_and_by_name() -> None:
     assert formats.pop("head") == (8, 64, True)
     assert set(formats.values()) == {(4, 32, False)}
     assert pipeline.parse(str(rtn)).passes == (rtn,)
+    by_role = network(tied=True)
+    report = Rtn(overrides={"linear": {"bits": 8}}).run(
+        by_role, Context()
+    )  # of a role, while the names are n1, n2, ...
+    assert {row["bits"] for row in report.ledger if row["kind"] == "linear"} == {8}
     assert Rtn(overrides={"embedding": {"bits": 8}}).run(network(tied=True), Context()).ledger[-1]["bits"] == 8
 
 
@@ -290,7 +295,6 @@ def test_weights_that_are_not_finite_are_skipped() -> None:
         {"overrides": {"head": {"bits": 3}}},
         {"overrides": {"head": {"blocks": 64}}},
         {"overrides": {"head": 64}},
-        {"overrides": {"head": {"bits": 2, "block_size": 256}}},
     ],
 )
 def test_options_without_a_fast_kernel_are_refused(options: dict[str, Any]) -> None:
@@ -305,6 +309,40 @@ def test_options_without_effect_are_refused() -> None:
         Rtn(overrides={"blok0.*": {"bits": 8}}).run(network(tied=False), Context())
     with pytest.raises(OptionError, match="at most 128"):
         Rtn(block_size=256).run(network(tied=False), Context(target=TARGETS["cuda"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overrides": {"head": {"bits": 2, "block_size": 256}}},
+        {"head_bits": 2, "overrides": {"head": {"block_size": 256}}},
+        {"overrides": {"head": {"bits": 2}, "h*": {"block_size": 256}}},
+    ],
+)
+def test_a_slow_kernel_is_refused_for_what_is_stored(options: dict[str, Any]) -> None:
+    builder = graphs.Builder(256, 96, 0)
+    table = builder.weight(96, 256, name="table")
+    model = builder.finish(builder.op("Gather", table, builder.ids, width=256, axis=0), False, table)
+    with pytest.raises(OptionError, match="2 bits have a fast kernel"):
+        Rtn(**options).run(model, Context())
+    Rtn(bits=2, block_size=64, head_bits=4, overrides={"head": {"block_size": 256}}).run(model, Context())
+
+
+def test_one_weight_has_one_format() -> None:
+    builder = graphs.Builder(64, 96, 0)
+    table, shared = builder.weight(96, 64), builder.weight(64, 64)
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    x = builder.op("MatMul", builder.op("MatMul", x, shared, width=64), shared, width=64)
+    with pytest.raises(OptionError, match="share a weight"):
+        Rtn(overrides={"n2": {"bits": 8}}).run(builder.finish(x, False, table), Context())
+
+
+def test_options_belong_to_the_pass() -> None:
+    overrides: dict[str, dict[str, int | bool]] = {"head": {"bits": 8}}
+    one = Rtn(overrides=overrides)
+    overrides["head"]["bits"] = 4
+    assert one == Rtn(overrides={"head": {"bits": 8}})
+    assert hash(one) == hash(Rtn(overrides={"head": {"bits": 8}}))
 
 
 def test_levels_by_bits() -> None:
