@@ -20,7 +20,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
-from onnxpress.compiler.errors import CalibrationError, OptionError
+from onnxpress.compiler.errors import CalibrationError, OptionError, OutputError
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
@@ -34,7 +34,7 @@ from onnxpress.compiler.verify import LossMeter, Verifier
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RECIPE = "int4"
+DEFAULT_RECIPE = "int4-head8"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 
@@ -64,7 +64,7 @@ def optimize(
         output: directory to write. One that onnxpress wrote is replaced, in one step and only when the new one is
             complete; any other that is not empty is an error. None writes to a temporary directory that lasts as long
             as the process.
-        recipe: name of a pipeline, see `onnxpress recipes`; "int4" when `passes` is not given either.
+        recipe: name of a pipeline, see `onnxpress recipes`; "int4-head8" when `passes` is not given either.
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
         target: "cpu" or "cuda".
         calibration: text file for passes that look at activations; the loss is measured on it too.
@@ -98,6 +98,7 @@ def optimize(
                 opset=opset,
                 progress=tell,
             )
+        _keep_source(source, directory)
         context.config = dict(source.config)
         before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
         meter = _meter(source, pipeline, context, stage, verify) if measure else None
@@ -138,6 +139,14 @@ def export(
 ) -> Artifact:
     """Makes an ONNX directory of `model` without changing it; see `optimize` for the arguments and errors."""
     return optimize(model, output=output, passes="", exporter=exporter, opset=opset, measure=False, tell=tell)
+
+
+def _keep_source(source: models.Source, output: Path) -> None:
+    """Raises OutputError when the artifact would take the place of the model it is made of."""
+    if output.resolve() in (source.directory.resolve(), *source.directory.resolve().parents):
+        raise OutputError(
+            f"{output}: the output would replace the model it is made of", hint="choose another output directory"
+        )
 
 
 class _Clock:

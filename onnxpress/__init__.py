@@ -2,7 +2,7 @@
 
     import onnxpress
 
-    artifact = onnxpress.optimize("smollm2-135m", recipe="int4", output="smollm2-int4")
+    artifact = onnxpress.optimize("smollm2-135m", output="smollm2-int4")
     artifact.generate("What is the capital of France?")
     artifact.report["quality"]
 

@@ -203,3 +203,5 @@ def _log(debug: bool) -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # its warnings are about its own inner steps

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler import packing
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import OptionError, near_miss
 from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
 from onnxpress.compiler.nbits import (
     BITS,
@@ -290,7 +290,7 @@ class Rtn(Pass):
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
     # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
-    # one that fits counts. A role that the model lacks is skipped, a pattern without a match is an error.
+    # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
     overrides: dict[str, dict[str, int | bool]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -345,9 +345,6 @@ class Rtn(Pass):
         sites = self._plan(linears, embeddings, context, report)
         for site in sites:
             self._check_kernel(site.format, context.target.provider)
-        kinds = {one.kind for one in linears} | ({"embedding"} if embeddings else set())
-        for role in (one for one in self.overrides if one in _ROLES and one not in kinds):
-            report.skip(role, "overridden, but the model has none")
         loss = norm = 0.0
         weights = nbytes = 0
         with _workers() as pool:
@@ -385,8 +382,10 @@ class Rtn(Pass):
             for pattern in patterns:
                 is_role = option == "overrides" and pattern in _ROLES
                 if not is_role and not fnmatch.filter(names, pattern):
+                    known = sorted(_ROLES) if option == "overrides" else names
                     raise OptionError(
-                        f"rtn: {option}={pattern!r} matches no linear", hint=f"names are like {names[:3]}"
+                        f"rtn: {option}={pattern!r} matches no linear",
+                        hint=f"{near_miss(pattern, known)}; names are like {names[:3]}",
                     )
         has_head = bool(embeddings) or any(one.kind == "head" for one in linears)
         for option in ("head_bits", "head_block_size"):
