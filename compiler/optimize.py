@@ -20,7 +20,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
-from onnxpress.compiler.errors import CalibrationError, OptionError, OutputError
+from onnxpress.compiler.errors import CalibrationError, OptionError
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
@@ -98,7 +98,6 @@ def optimize(
                 opset=opset,
                 progress=tell,
             )
-        _keep_source(source, directory)
         context.config = dict(source.config)
         before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
         meter = _meter(source, pipeline, context, stage, verify) if measure else None
@@ -139,14 +138,6 @@ def export(
 ) -> Artifact:
     """Makes an ONNX directory of `model` without changing it; see `optimize` for the arguments and errors."""
     return optimize(model, output=output, passes="", exporter=exporter, opset=opset, measure=False, tell=tell)
-
-
-def _keep_source(source: models.Source, output: Path) -> None:
-    """Raises OutputError when the artifact would take the place of the model it is made of."""
-    if output.resolve() in (source.directory.resolve(), *source.directory.resolve().parents):
-        raise OutputError(
-            f"{output}: the output would replace the model it is made of", hint="choose another output directory"
-        )
 
 
 class _Clock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from decoders import HEAD_SIZE, KV_HEADS, VOCABULARY, decoder, write_decoder
 
 from onnxpress.compiler.artifact import Artifact, open_artifact
-from onnxpress.compiler.errors import BadModelFileError, CalibrationError, OptionError, OutputError
+from onnxpress.compiler.errors import BadModelFileError, CalibrationError, OptionError
 from onnxpress.compiler.genai import find_cache, genai_config
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.target import TARGETS
@@ -174,15 +173,6 @@ def test_calibration_text_must_be_there(source: Path, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError):
             optimize(source, output=tmp_path / "out", passes="", calibration=tmp_path / "text")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_model_is_not_replaced_by_what_is_made_of_it(artifact: Artifact, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    shutil.copytree(artifact.directory, own)
-    before = (own / "model.onnx").read_bytes()
-    with pytest.raises(OutputError, match="made of"):
-        optimize(own / "model.onnx", output=own, passes="rtn")
-    assert (own / "model.onnx").read_bytes() == before
 
 
 def test_recipe_and_passes_exclude_each_other(source: Path, tmp_path: Path) -> None:
