@@ -22,6 +22,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from onnxpress.compiler.errors import BadModelFileError, OptionError, UnsupportedModelError
+from onnxpress.runtime import pages as _pages
 from onnxpress.runtime import providers as _providers
 from onnxpress.runtime import skeleton as _skeleton
 from onnxpress.runtime.config import ModelConfig, find_model, read_config
@@ -127,6 +128,8 @@ class DecoderSession:
         _skeleton.check_external_data(graph)
         self.choice = _providers.choose(provider, strict=strict)
         self.ort = open_session(self.path, self.choice.providers, threads=threads, entries=entries)
+        if self.choice.provider == "cpu":
+            _pages.use_huge_pages_soon()
         if self.choice.provider == "cuda" and _providers.CUDA not in self.ort.get_providers():
             raise BadModelFileError(f"{self.path}: expected a CUDA session, got {self.ort.get_providers()}")
         if strict and self.choice.provider == "cuda":
