@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from onnxpress.compiler.errors import UnsupportedModelError, UserError, Verifica
 from onnxpress.compiler.pass_ import Pass, Promise, Report
 from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
 from onnxpress.compiler.region import first_line
+from onnxpress.compiler.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _INLINE = 256  # bytes up to which a weight is kept in the graph file
 _IN_MEMORY = 64 << 20  # bytes of all weights in memory up to which they may travel inside a graph file
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
-T = TypeVar("T")
 Ids = npt.NDArray[np.int64]
 Outputs = dict[str, Array]
 
@@ -83,20 +83,6 @@ def in_place(model: ir.Model) -> tuple[bytes, Path] | None:
     for value, tensor in small.items():
         value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
     return ir.to_proto(model).SerializeToString(), folders.pop()
-
-
-def in_thread(compute: Callable[[], T]) -> Future[T]:
-    """What `compute` returns, later; an interrupt of the program does not wait for it."""
-    promise: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            promise.set_result(compute())
-        except BaseException as error:
-            promise.set_exception(error)
-
-    threading.Thread(target=work, name="onnxpress-measure", daemon=True).start()
-    return promise
 
 
 def discard(path: Path) -> None:
@@ -169,7 +155,7 @@ class LossMeter:
                 raise _ClosedError
             return self._run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
 
-        self._reference = in_thread(lambda: self._guarded(measure))
+        self._reference = in_thread(lambda: self._guarded(measure), "measure")
 
     def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
         """Measures a LOSSY pass; the last one waits for `finish`, which measures the file that is delivered."""

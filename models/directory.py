@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from onnxpress.compiler.errors import BadModelFileError
+from onnxpress.compiler.threads import in_thread
 from onnxpress.models import onnx_file
 from onnxpress.models.source import COMPANION_FILES, Source
-
-T = TypeVar("T")
 
 MANIFEST = "onnxpress.json"
 GENAI_CONFIG = "genai_config.json"
@@ -105,7 +102,7 @@ def onnx_source(
             "format": "onnx",
             "producer": " ".join(filter(None, (model.producer_name, model.producer_version))),
         }
-        hashing = _in_thread(hashes, [graph, *onnx_file.data_files(model)])
+        hashing = in_thread(functools.partial(hashes, [graph, *onnx_file.data_files(model)]), "hash")
     if manifest := _first_json(MANIFEST, beside):
         provenance["artifact"] = manifest
         kind = "artifact" if kind == "onnx" else kind
@@ -121,20 +118,6 @@ def onnx_source(
         facts=provenance,
         hashing=hashing,
     )
-
-
-def _in_thread(function: Callable[[list[Path]], T], paths: list[Path]) -> Future[T]:
-    """The result of `function(paths)`, computed beside the caller; dies with the process."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(paths))
-        except BaseException as error:  # handed to whoever asks for the result
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="onnxpress-hash", daemon=True).start()
-    return future
 
 
 def hashes(paths: list[Path]) -> dict[str, dict[str, Any]]:
