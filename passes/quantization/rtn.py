@@ -52,13 +52,15 @@ _SYMMETRIC: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     8: (tuple(0.99 + 0.0135 * n for n in range(24)), tuple(1 + 0.036 * n for n in range(8))),
 }
 # Ranges with their own zero point: scales, and how many steps the range is shifted from where its centre stays. From 4
-# bits on, more scales find more than shifts do: these four find a smaller error than three shifts of
+# bits on, more scales find more than shifts do: these three find a smaller error than three shifts of
 # each of four others did.
 _ASYMMETRIC: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     2: (_SYMMETRIC[2][0], (0.0, -0.5, 0.5)),
-    4: ((0.82, 0.87, 0.92, 1.04), (0.0,)),
+    4: ((0.82, 0.91, 1.07), (0.0,)),
     8: (_SYMMETRIC[8][0], (0.0,)),
 }
+# The smallest scale that is stored: normal numbers of float32 and wider, of float16
+_SMALLEST = (1.2e-38, 6.2e-5)
 # Weights worked on at a time: in a core's share of the cache, and long enough that threads seldom wait for each other
 _CHUNK = 1 << 20
 
@@ -89,12 +91,18 @@ def round_blocks(
     scale_GN, zero_GN = _range(w_GbN, bits, symmetric)
     best, zero = _stored(scale_GN, scale_dtype), zero_GN
     if scales == "mse":
+        start = best
         found, zero = _search(w_GbN, scale_GN, zero_GN, bits, symmetric)
-        start, best = best, _stored(found, scale_dtype)
-    steps, loss = _round(w_GbN, best, zero, bits)
+        best = _stored(found, scale_dtype)
+        steps = _steps(w_GbN, best, zero, bits)
+        best = _refit(steps, w_GbN, best, scale_dtype)
+    else:
+        steps = _steps(w_GbN, best, zero, bits)
+    loss = _loss(w_GbN, steps, best)
     if scales == "mse" and scale_dtype.itemsize < w_GbN.dtype.itemsize:
         # Rounded to a narrower type, the scale found may do worse than the one that the search began with.
-        plain, plain_loss = _round(w_GbN, start, zero_GN, bits)
+        plain = _steps(w_GbN, start, zero_GN, bits)
+        plain_loss = _loss(w_GbN, plain, start)
         worse = plain_loss < loss
         best, zero = np.where(worse, start, best), np.where(worse, zero_GN, zero)
         loss = np.where(worse, plain_loss, loss)
@@ -123,18 +131,35 @@ def _nonzero(scale: Floats) -> Floats:
 
 def _stored(scale: Floats, dtype: np.dtype[Any]) -> Floats:
     """The scale as it will be read back; one that would underflow becomes the smallest normal number, not zero."""
-    smallest = scale.dtype.type(6.2e-5 if dtype == np.float16 else 1.2e-38)
+    smallest = scale.dtype.type(_SMALLEST[dtype == np.float16])
     safe = np.where(np.abs(scale) < smallest, np.copysign(smallest, scale), scale)
     return safe.astype(dtype).astype(scale.dtype)
 
 
-def _round(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int) -> tuple[Floats, Floats]:
-    """Signed steps code - zero of each weight, and the squared error of each block."""
-    steps = np.divide(w_GbN, scale_GN[:, None])
+def _steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int) -> Floats:
+    """Signed steps code - zero of each weight."""
+    steps: Floats = np.divide(w_GbN, scale_GN[:, None])
     _clip_to_steps(steps, zero_GN, bits)
-    error = steps * scale_GN[:, None]
+    return steps
+
+
+def _loss(w_GbN: Floats, steps_GbN: Floats, scale_GN: Floats) -> Floats:
+    """Squared error of each block."""
+    error = steps_GbN * scale_GN[:, None]
     error -= w_GbN
-    return steps, np.einsum("gbn,gbn->gn", error, error)
+    return _dot(error, error)
+
+
+def _refit(steps_GbN: Floats, w_GbN: Floats, scale_GN: Floats, dtype: np.dtype[Any]) -> Floats:
+    """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored."""
+    product, square = _dot(steps_GbN, w_GbN), _dot(steps_GbN, steps_GbN)
+    scale = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
+    return np.where(np.abs(scale) < _SMALLEST[dtype == np.float16], scale_GN, _stored(scale, dtype))
+
+
+def _dot(a_GbN: Floats, b_GbN: Floats) -> Floats:
+    product: Floats = np.einsum("gbn,gbn->gn", a_GbN, b_GbN)
+    return product
 
 
 def _clip_to_steps(x_GbN: Floats, zero_GN: Floats, bits: int) -> None:
@@ -153,7 +178,7 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
     """Scale and zero point of least squared error among the starts, each refitted to its own codes.
 
     With steps q the best scale is q.w / q.q and leaves the error w.w - (q.w)^2 / q.q. The given scale is the first
-    start, and codes rounded anew to a refitted scale are no worse than those it was fitted to: so the result is never
+    start, and steps rounded anew to a refitted scale are no worse than those it was fitted to: so the result is never
     worse than the given scale. All this in units of the given scale, in which a start is one number for all blocks.
     """
     u_GbN = w_GbN / scale_GN[:, None]
@@ -165,8 +190,7 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
     def attempt(factor: Any, zero: Floats) -> None:
         np.multiply(u_GbN, one / factor, out=steps)
         _clip_to_steps(steps, zero, bits)
-        product = np.einsum("gbn,gbn->gn", steps, u_GbN)
-        square = np.maximum(np.einsum("gbn,gbn->gn", steps, steps), 1)
+        product, square = _dot(steps, u_GbN), np.maximum(_dot(steps, steps), 1)
         score = product * product / square
         better = score > best_score
         np.copyto(best_score, score, where=better)
@@ -186,7 +210,6 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
             zero = -low / factor - (1 - factor) / factor * (2**bits - 1) / 2
             for shift in shifts:
                 attempt(one * factor, np.clip(np.rint(zero + shift), 0, 2**bits - 1))
-    attempt(best[:, None].copy(), best_zero.copy())
     return _nonzero(best * scale_GN), best_zero
 
 
@@ -230,7 +253,7 @@ def round_matrix(
             if zero is not None and zero_GN is not None:
                 zero[band, part] = zero_GN.T
             loss += float(loss_GN.sum(dtype=np.float64))
-            norm += float(np.einsum("gbn,gbn->gn", w_GbN, w_GbN).sum(dtype=np.float64))
+            norm += float(_dot(w_GbN, w_GbN).sum(dtype=np.float64))
     packed = None if zero is None else packing.pack_zero_points(zero, bits)
     return CodedMatrix(codes, scale, packed, columns, bits, block_size), loss, norm
 
