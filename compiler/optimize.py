@@ -34,7 +34,7 @@ from onnxpress.compiler.verify import LossMeter, Verifier
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RECIPE = "int4-head8"
+DEFAULT_RECIPE = "int4"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 
@@ -64,7 +64,7 @@ def optimize(
         output: directory to write. One that onnxpress wrote is replaced, in one step and only when the new one is
             complete; any other that is not empty is an error. None writes to a temporary directory that lasts as long
             as the process.
-        recipe: name of a pipeline, see `onnxpress recipes`; "int4-head8" when `passes` is not given either.
+        recipe: name of a pipeline, see `onnxpress recipes`; "int4" when `passes` is not given either.
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
         target: "cpu" or "cuda".
         calibration: text file for passes that look at activations; the loss is measured on it too.

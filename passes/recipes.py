@@ -16,7 +16,7 @@ from onnxpress.passes.fusion.pack_qkv import PackQkv
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.rtn import Rtn
 
-__all__ = ["fp32", "fuse", "int4", "int4_head8", "int4_small", "int8", "pack"]
+__all__ = ["fp32", "fuse", "int4", "int4_small", "int8", "pack"]
 
 
 def fuse(target: Target) -> tuple[Pass, ...]:
@@ -53,23 +53,20 @@ def int8(target: Target) -> tuple[Pass, ...]:
 _WIDE = {kind: {"block_size": 64} for kind in ("gate", "up", "gate_up")}
 
 
+_EXACT_HEAD = {kind: {"bits": 8, "block_size": 64, "symmetric": True} for kind in ("head", "embedding")}
+
+
 def int4(target: Target) -> tuple[Pass, ...]:
-    """All weights in 4 bits, embedding and head included."""
+    """Linears in 4 bits, embedding and head in 8, which keeps rare words and code."""
     if target.provider == "cuda":  # zero points cost time there, and were only measured on the CPU
         rtn = Rtn(bits=4, block_size=32, head_bits=8, head_block_size=64)
     else:
-        rtn = Rtn(bits=4, block_size=32, symmetric=False, overrides=_WIDE)
+        rtn = Rtn(bits=4, block_size=32, symmetric=False, overrides={**_WIDE, **_EXACT_HEAD})
     return (*fuse(target), rtn, *pack(target))
 
 
-def int4_head8(target: Target) -> tuple[Pass, ...]:
-    """As int4, with embedding and head in 8 bits: closer to the original, above all on rare words and code."""
-    if target.provider == "cuda":
-        return int4(target)
-    head = {kind: {"bits": 8, "block_size": 64, "symmetric": True} for kind in ("head", "embedding")}
-    return (*fuse(target), Rtn(bits=4, block_size=32, symmetric=False, overrides={**_WIDE, **head}), *pack(target))
-
-
 def int4_small(target: Target) -> tuple[Pass, ...]:
-    """As int4, with half as many scales: the smallest, and a visible loss."""
-    return (*fuse(target), Rtn(bits=4, block_size=64, symmetric=False), *pack(target))
+    """All weights in 4 bits, embedding and head included: the smallest, weaker on rare words and code."""
+    if target.provider == "cuda":
+        return (*fuse(target), Rtn(bits=4, block_size=32), *pack(target))
+    return (*fuse(target), Rtn(bits=4, block_size=32, symmetric=False, overrides=_WIDE), *pack(target))

@@ -18,7 +18,7 @@ def optimize(
     output: Output,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A named pipeline, see `onnxpress recipes`.", show_default="int4-head8"),
+        typer.Option(metavar="NAME", help="A named pipeline, see `onnxpress recipes`.", show_default="int4"),
     ] = None,
     passes: Annotated[
         str | None,
