@@ -124,7 +124,8 @@ def _decoder(prefix: str, **own: Any) -> Callable[[int, int, dict[str, Any]], An
         import transformers
 
         fields = {**_text_fields(layers, hidden), "num_key_value_heads": 2, "head_dim": hidden // 4, **own, **overrides}
-        config = getattr(transformers, f"{prefix}Config")(**fields)
+        name = f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
+        config = getattr(transformers, name)(**fields)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         if getattr(config, "attn_logit_softcapping", None):
             model.set_attn_implementation("eager")  # the default one drops the soft cap
@@ -133,25 +134,45 @@ def _decoder(prefix: str, **own: Any) -> Callable[[int, int, dict[str, Any]], An
     return build
 
 
-def _gpt2(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
-    import transformers
+def _renamed(prefix: str, head: str, names: dict[str, str], **own: Any) -> Callable[[int, int, dict[str, Any]], Any]:
+    """A builder for `<prefix><head>` whose config calls common fields by other `names`; "" leaves a field out."""
 
-    fields = _text_fields(layers, hidden)
-    names = {
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "intermediate_size": "n_inner",
-        "max_position_embeddings": "n_positions",
-    }
-    config = transformers.GPT2Config(**{names.get(key, key): value for key, value in fields.items()} | overrides)
-    return transformers.GPT2LMHeadModel(config)
+    def build(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+        import transformers
+
+        text = _text_fields(layers, hidden)
+        fields = {names.get(key, key): value for key, value in text.items() if names.get(key, key)}
+        config = getattr(transformers, f"{prefix}Config")(**{**fields, **own, **overrides})
+        return getattr(transformers, f"{prefix}{head}")(config)
+
+    return build
 
 
-def _bert(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
-    import transformers
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+}
+_DISTILBERT_NAMES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+}
 
-    return transformers.BertForMaskedLM(transformers.BertConfig(**_text_fields(layers, hidden) | overrides))
+
+def _opt(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    fields = {"word_embed_proj_dim": hidden, "init_std": 1.0 / hidden**0.5}
+    names = {"intermediate_size": "ffn_dim", "initializer_range": ""}
+    return _renamed("OPT", "ForCausalLM", names, **fields)(layers, hidden, overrides)
+
+
+def _modernbert(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    special = {"cls_token_id": _SPECIAL.index(BOS), "sep_token_id": _SPECIAL.index(EOS), "reference_compile": False}
+    fields = {"local_attention": 16, "attn_implementation": "sdpa", **special}
+    return _renamed("ModernBert", "ForMaskedLM", {}, **fields)(layers, hidden, overrides)
 
 
 def _vit(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
@@ -177,17 +198,47 @@ def _resnet(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
 
 
 _VISION = ("resnet", "vit")
+_ENCODERS = ("bert", "distilbert", "modernbert", "roberta", *_VISION)
+# Multipliers that are all different and none of them the default.
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.11,
+    "logits_scaling": 2.5,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
-    "bert": _bert,
+    "bert": _renamed("Bert", "ForMaskedLM", {}),
+    "bloom": _renamed("Bloom", "ForCausalLM", {"intermediate_size": "", "max_position_embeddings": ""}),
+    "distilbert": _renamed("DistilBert", "ForMaskedLM", _DISTILBERT_NAMES),
+    "falcon": _renamed("Falcon", "ForCausalLM", {"intermediate_size": "ffn_hidden_size"}),
+    "gemma": _decoder("Gemma"),
     # The scale is no power of the head size, as in Gemma 2 27B: a fusion that drops it is caught.
     "gemma2": _decoder("Gemma2", query_pre_attn_scalar=24, sliding_window=16),
-    "gpt2": _gpt2,
+    "gemma3": _decoder("Gemma3", query_pre_attn_scalar=24, sliding_window=16, sliding_window_pattern=2),
+    "gpt2": _renamed("GPT2", "LMHeadModel", _GPT2_NAMES),
+    "gpt_neox": _renamed("GPTNeoX", "ForCausalLM", {}, rotary_pct=0.25),
+    "granite": _decoder("Granite", **_GRANITE),
     "llama": _decoder("Llama"),
+    "llama3": _decoder("Llama", rope_scaling=_LLAMA3_ROPE, tie_word_embeddings=True),
     # A window longer than the test sequences would be the same as none.
     "mistral": _decoder("Mistral", sliding_window=16),
+    "modernbert": _modernbert,
+    "olmo2": _decoder("Olmo2"),
+    "opt": _opt,
     "phi3": _decoder("Phi3"),
+    "phi4": _decoder("Phi3", partial_rotary_factor=0.5),
     "qwen2": _decoder("Qwen2"),
     "qwen3": _decoder("Qwen3"),
     "resnet": _resnet,
+    "roberta": _renamed("Roberta", "ForMaskedLM", {}),
+    "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0], use_sliding_window=False),
+    "stablelm": _decoder("StableLm", partial_rotary_factor=0.25),
     "vit": _vit,
 }

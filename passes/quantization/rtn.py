@@ -275,6 +275,7 @@ class _Format(NamedTuple):
     bits: int
     block_size: int
     symmetric: bool
+    scales: Literal["max", "mse"]
 
 
 @dataclass
@@ -291,7 +292,12 @@ class _Site:
 
 
 _ROLES = {*KINDS, "embedding"}
-_OVERRIDABLE: dict[str, tuple[int, ...]] = {"bits": BITS, "block_size": BLOCK_SIZES, "symmetric": (False, True)}
+_OVERRIDABLE: dict[str, tuple[Any, ...]] = {
+    "bits": BITS,
+    "block_size": BLOCK_SIZES,
+    "symmetric": (False, True),
+    "scales": ("max", "mse"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +322,7 @@ class Rtn(Pass):
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
     # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
     # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
-    overrides: dict[str, dict[str, int | bool]] = field(default_factory=dict, hash=False)
+    overrides: dict[str, dict[str, int | bool | str]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,13 +352,14 @@ class Rtn(Pass):
 
     def _format(self, names: list[str], kind: str, *, is_head: bool) -> _Format:
         """What the options say about a matrix of these names."""
-        found = _Format(self.bits, self.block_size, self.symmetric)
+        found = _Format(self.bits, self.block_size, self.symmetric, self.scales)
         if is_head:
-            found = _Format(self.head_bits or self.bits, self.head_block_size or self.block_size, self.symmetric)
+            found = found._replace(
+                bits=self.head_bits or self.bits, block_size=self.head_block_size or self.block_size
+            )
         for pattern, changes in self.overrides.items():
             if pattern == kind or any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                bits, block_size = changes.get("bits", found.bits), changes.get("block_size", found.block_size)
-                found = _Format(bits, block_size, bool(changes.get("symmetric", found.symmetric)))
+                found = found._replace(**changes)  # type: ignore[arg-type]  # checked in __post_init__
         return found
 
     def _check_kernel(self, chosen: _Format, provider: str) -> None:
@@ -482,10 +489,7 @@ class Rtn(Pass):
     def _quantize(self, site: _Site) -> tuple[CodedMatrix, float, float]:
         return round_matrix(
             site.read(),
-            bits=site.format.bits,
-            block_size=site.format.block_size,
-            symmetric=site.format.symmetric,
-            scales=self.scales,
+            **site.format._asdict(),
             scale_dtype=site.dtype.numpy(),
         )
 
