@@ -291,9 +291,56 @@ def random_feed(
     return feed
 
 
+# What lies between the size of an activation and a number that is computed from it.
+_ARITHMETIC = ("Sqrt", "Div", "Mul", "Pow", "Reciprocal", "Cast", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape")
+
+
+def sized_number(value: ir.Value | None) -> float | None:
+    """The number that `value` always holds because it depends on known sizes alone; None for anything else."""
+    asked: list[ir.Value] = []
+    queue, seen = [value], set()
+    while queue:
+        node = None if (one := queue.pop()) is None else one.producer()
+        if one is None or id(one) in seen or (node is None and one.const_value is not None):
+            continue
+        seen.add(id(one))
+        if node is not None and node.op_type == "Shape" and node.inputs[0] is not None:
+            asked.append(node.inputs[0])
+        elif node is not None and node.op_type in _ARITHMETIC and len(seen) < 24:
+            queue += node.inputs
+        else:
+            return None
+    if value is None or not asked:
+        return None
+    try:
+        region = Region(asked, [value])
+        model = build_model(region.nodes, region.leaves, region.outputs, region.constants)
+        # Sizes that are not known differ between the two runs.
+        results = [_of_sizes(model, region.leaves, unknown) for unknown in (2, 3)]
+    except NotCuttable:
+        return None
+    return results[0] if results[0] == results[1] else None
+
+
+def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], unknown: int) -> float | None:
+    """The single number `model` gives for inputs of the leaves' shapes; None when it is more than one, or none."""
+    feeds = []
+    for leaf in leaves:
+        if leaf.shape is None:
+            raise NotCuttable(f"shape of {leaf.name} is unknown")
+        sizes = [size if isinstance(size, int) else unknown + axis for axis, size in enumerate(leaf.shape)]
+        feeds.append(np.zeros(sizes, (leaf.dtype or ir.DataType.FLOAT).numpy()))
+    try:
+        (result,) = run(model, feeds)
+    except Exception as error:  # ONNX Runtime's exceptions have no common type
+        raise NotCuttable(f"does not run: {first_line(error)}") from None
+    return float(result.reshape(-1)[0]) if result.size == 1 else None
+
+
 def first_line(error: BaseException) -> str:
-    """An exception's first line, at most 160 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    """An exception's first line, at most 160 characters; of ONNX Runtime's what follows the name of the node."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split("Status Message: ")[-1][:160]
 
 
 def _constants_of(

@@ -223,7 +223,7 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "gemma2": _decoder("Gemma2", query_pre_attn_scalar=24, sliding_window=16),
     "gemma3": _decoder("Gemma3", query_pre_attn_scalar=24, sliding_window=16, sliding_window_pattern=2),
     "gpt2": _renamed("GPT2", "LMHeadModel", _GPT2_NAMES),
-    "gpt_neox": _renamed("GPTNeoX", "ForCausalLM", {}, rotary_pct=0.25),
+    "gpt_neox": _renamed("GPTNeoX", "ForCausalLM", {}, rotary_pct=0.5),
     "granite": _decoder("Granite", **_GRANITE),
     "llama": _decoder("Llama"),
     "llama3": _decoder("Llama", rope_scaling=_LLAMA3_ROPE, tie_word_embeddings=True),
@@ -239,6 +239,6 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "resnet": _resnet,
     "roberta": _renamed("Roberta", "ForMaskedLM", {}),
     "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0], use_sliding_window=False),
-    "stablelm": _decoder("StableLm", partial_rotary_factor=0.25),
+    "stablelm": _decoder("StableLm", partial_rotary_factor=0.5),
     "vit": _vit,
 }

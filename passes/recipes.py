@@ -16,6 +16,8 @@ from onnxpress.passes.fusion.pack_qkv import PackQkv
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.rtn import Rtn
 
+Overrides = dict[str, dict[str, int | bool | str]]
+
 __all__ = ["fp32", "fuse", "int4", "int4_small", "int8", "pack"]
 
 
@@ -50,12 +52,12 @@ def int8(target: Target) -> tuple[Pass, ...]:
 
 
 # Half the scales of gate and up cost no accuracy that was seen; those of any other matrix do.
-_WIDE = {kind: {"block_size": 64} for kind in ("gate", "up", "gate_up")}
+_WIDE: Overrides = {kind: {"block_size": 64} for kind in ("gate", "up", "gate_up")}
 
 
 # The error of 8 bits is lost beside that of 4, so its scales are not searched.
-_HEAD_FORMAT = {"bits": 8, "block_size": 64, "symmetric": True, "scales": "max"}
-_EXACT_HEAD = {kind: _HEAD_FORMAT for kind in ("head", "embedding")}
+_HEAD_FORMAT: dict[str, int | bool | str] = {"bits": 8, "block_size": 64, "symmetric": True, "scales": "max"}
+_EXACT_HEAD: Overrides = dict.fromkeys(("head", "embedding"), _HEAD_FORMAT)
 
 
 def int4(target: Target) -> tuple[Pass, ...]:

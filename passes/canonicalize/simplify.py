@@ -106,7 +106,7 @@ def _lift_tensors(graph: ir.Graph) -> int:
         tensor: ir.TensorProtocol = attribute.value
         value = node.outputs[0]
         initializer = ir.Value(
-            name=value.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=value.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         graph.register_initializer(initializer)
         value.replace_all_uses_with(initializer)

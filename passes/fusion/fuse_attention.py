@@ -23,7 +23,17 @@ import onnx_ir as ir
 
 from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer, split_scalar
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.compiler.region import Array, NotCuttable, Region, Sample, build_model, first_line, random_feed, run
+from onnxpress.compiler.region import (
+    Array,
+    NotCuttable,
+    Region,
+    Sample,
+    build_model,
+    first_line,
+    random_feed,
+    run,
+    sized_number,
+)
 
 # Added to the scores of padding: far below any score, and finite in float16 (a row of -inf would give NaN).
 _HIDDEN = -30000.0
@@ -49,7 +59,12 @@ class FuseAttention(Pass):
             site = node.name or node.outputs[0].name or "attention"
             try:
                 found = _match(node)
-                builder.fuse(site, found)
+                try:
+                    builder.fuse(site, found)
+                except NotCuttable:
+                    if found.cos is None:
+                        raise
+                    builder.fuse(site, _match(node, with_rotary=False))  # the kernel may not turn this part of a head
             except NotCuttable as reason:
                 report.skip(site, str(reason))
         discard(builder.pending)
@@ -100,7 +115,7 @@ class _Attention:
         return _static(self.past_k, 3)
 
 
-def _match(softmax: ir.Node) -> _Attention:
+def _match(softmax: ir.Node, with_rotary: bool = True) -> _Attention:
     """Walks from a Softmax to queries, keys, values, cache, mask and output.
 
     Raises:
@@ -126,7 +141,8 @@ def _match(softmax: ir.Node) -> _Attention:
         softcap=softcap,
         mask=mask,
     )
-    _absorb_rotary(found)
+    if with_rotary:
+        _absorb_rotary(found)
     found.q, found.k, found.v = (_flat(value, found.unturned) for value in (found.q, found.k, found.v))
     return found
 
@@ -150,7 +166,7 @@ def _scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, float]:
             mask = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
             value = up[0]
         elif node.op_type in ("Mul", "Div"):
-            inner, number = split_scalar(node)
+            inner, number = _factor(node)
             if inner is None or number is None:
                 raise NotCuttable(f"the scores are multiplied by something that is not one number at {node.name}")
             tanh = producer(inner, "Tanh")
@@ -176,15 +192,27 @@ def _leads_to_product(value: ir.Value | None) -> bool:
         if node.op_type in ("Add", "Where"):
             operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
             return any(_leads_to_product(one) for one in operands)
-        value = split_scalar(node)[0] if node.op_type in ("Mul", "Div") else node.inputs[0]
+        value = _factor(node)[0] if node.op_type in ("Mul", "Div") else node.inputs[0]
     return False
+
+
+def _factor(node: ir.Node) -> tuple[ir.Value | None, float | None]:
+    """`split_scalar`, also for a number that is computed from sizes, as 1 / sqrt(head size) often is."""
+    inner, number = split_scalar(node)
+    if number is not None:
+        return inner, number
+    for index in (1, 0):
+        number = sized_number(node.inputs[index])
+        if number and not (node.op_type == "Div" and index == 0):
+            return node.inputs[1 - index], 1.0 / number if node.op_type == "Div" else number
+    return None, None
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
     """The value below multiplications with one number, and the product of these numbers."""
     scale = 1.0
     while (node := producer(value, "Mul", "Div", "Cast")) is not None:
-        inner, number = (node.inputs[0], 1.0) if node.op_type == "Cast" else split_scalar(node)
+        inner, number = (node.inputs[0], 1.0) if node.op_type == "Cast" else _factor(node)
         if inner is None or number is None:
             break
         value, scale = inner, scale * number
@@ -215,7 +243,7 @@ def _to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
         if node.op_type in _MOVES:
             value = node.inputs[0]
         elif node.op_type in ("Mul", "Div"):
-            value, number = split_scalar(node)
+            value, number = _factor(node)
             scale *= number or 0.0
         else:
             break
@@ -241,12 +269,13 @@ def _product_with_values(softmax: ir.Node) -> ir.Node:
 def _output(product: ir.Node) -> ir.Value:
     """The value [B, S, H D] that the heads are joined into."""
     value = product.outputs[0]
-    for _ in range(4):
-        readers = value.consumers()
+    for _ in range(6):
+        # Those who ask for the size belong to the reshaping.
+        readers = [node for node in value.consumers() if node.op_type != "Shape"]
         if len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape", "Cast", "Identity"):
             break
         value = readers[0].outputs[0]
-        if readers[0].op_type == "Reshape":
+        if readers[0].op_type == "Reshape" and _rank(value) == 3:
             return value
     raise NotCuttable("the heads are not joined by Transpose and Reshape")
 

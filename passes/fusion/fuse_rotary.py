@@ -36,36 +36,35 @@ class FuseRotary(Pass):
         fuser = Fuser(model, report, context.seed)
         length = self.max_positions or int(context.config.get("max_position_embeddings") or 4096)
         caches = _Caches(fuser, length)
+        batches: dict[int, ir.Value] = {}
         for node in list(model.graph):
             found = _match(node) if node.op_type == "Add" else None
             if found is None:
                 continue
             site = node.outputs[0].name or "rotary"
             try:
-                positions = _positions(found.cos)
-                cos, sin = caches.get(found.cos, positions), caches.get(found.sin, positions)
+                source = _positions(found.cos)
+                cos, sin = caches.get(found.cos, source), caches.get(found.sin, source)
+                positions = source if source.is_graph_input() else _for_batch(fuser, source, batches)
+                attributes = _partial(found)
             except NotCuttable as finding:
                 report.skip(site, str(finding))
                 continue
-            new = ir.Node(
-                "com.microsoft",
-                "RotaryEmbedding",
-                [found.x, positions, cos, sin],
-                name=f"{node.outputs[0].name}/rotary",
-            )
+            operands = [found.x, positions, cos, sin]
+            new = ir.Node("com.microsoft", "RotaryEmbedding", operands, attributes, name=f"{site}/rotary")
 
-            def feeds(leaves: Sequence[ir.Value], positions: ir.Value = positions) -> Iterable[list[Array]]:
+            def feeds(leaves: Sequence[ir.Value], source: ir.Value = source) -> Iterable[list[Array]]:
                 rng = np.random.default_rng(context.seed)
-                given = {id(positions): rng.integers(0, length, (2, 3))}
+                rows = 1 if source.shape is not None and source.shape[0] == 1 else 2
+                given = {id(source): rng.integers(0, length, (rows, 3))}
                 yield random_feed(leaves, {"batch": 2, "sequence": 3}, rng, given)
 
-            outputs = [node.outputs[0]]
-            reason = fuser.verdict([found.x], outputs, [new.outputs[0]], feeds)
+            reason = fuser.verdict([found.x, source], [found.output], [new.outputs[0]], feeds)
             if reason is not None:
                 discard([new])
                 report.skip(site, reason)
                 continue
-            fuser.replace(site, outputs, [new.outputs[0]], [new])
+            fuser.replace(site, [found.output], [new.outputs[0]], [new])
         fuser.finish()
         return report
 
@@ -75,6 +74,7 @@ class _Rotary:
     x: ir.Value
     cos: ir.Value
     sin: ir.Value
+    output: ir.Value
 
 
 def _match(add: ir.Node) -> _Rotary | None:
@@ -88,7 +88,7 @@ def _match(add: ir.Node) -> _Rotary | None:
             if x is not None and x in one.inputs:
                 cos, sin = other(one, x), two.inputs[1 - index]
                 if cos is not None and sin is not None:
-                    return _Rotary(x, cos, sin)
+                    return _Rotary(x, cos, sin, add.outputs[0])
     return None
 
 
@@ -106,18 +106,108 @@ def _rotated(value: ir.Value | None) -> ir.Value | None:
     return second.inputs[0]
 
 
-def _positions(cos: ir.Value) -> ir.Value:
-    """The graph input that the angles are computed from.
+def _partial(found: _Rotary) -> list[ir.Attr]:
+    """Attributes of the operator; where only the first columns of each head are turned, `found` takes the rest in.
+
+    Slice(x, :r) turned and joined with Slice(x, r:) is one operator on x [B, heads, S, D]; also with r = D and nothing
+    left (Phi-3).
 
     Raises:
-        NotCuttable: there is none, or more than one.
+        NotCuttable: the widths are unknown.
     """
-    leaves = [leaf for leaf in Region([], [cos]).leaves if leaf.is_graph_input()]
+    joins = found.output.consumers()
+    cut = producer(found.x, "Slice", "Split")
+    join = joins[0] if len(joins) == 1 and joins[0].op_type == "Concat" and len(joins[0].inputs) == 2 else None
+    if cut is None or join is None or join.inputs[0] is not found.output or found.output.is_graph_output():
+        return []
+    rest = producer(join.inputs[1], "Slice", "Split")
+    whole = cut.inputs[0]
+    if rest is None or whole is None or rest.inputs[0] is not whole:
+        return []
+    turned = None if found.cos.shape is None else found.cos.shape[-1]
+    heads, width = _heads_and_width(whole)
+    if not isinstance(turned, int) or heads is None or width is None:
+        raise NotCuttable("a part of each head is turned, and the number or width of heads is unknown")
+    sizes = [0, heads, 0, width]
+    assert whole.shape is not None
+    whole.shape = ir.Shape([sizes[axis] or size for axis, size in enumerate(whole.shape)])  # later passes want it too
+    found.x, found.output = whole, join.outputs[0]
+    if found.output.shape is not None:
+        found.output.shape = ir.Shape([sizes[axis] or size for axis, size in enumerate(found.output.shape)])
+    if turned == width:
+        return []
+    return [ir.AttrInt64("num_heads", heads), ir.AttrInt64("rotary_embedding_dim", turned)]
+
+
+def _heads_and_width(value: ir.Value) -> tuple[int | None, int | None]:
+    """Heads and their width of [B, heads, S, D], from the shape or from the [B, S, heads D] it was split from."""
+    if value.shape is None or len(value.shape) != 4:
+        return None, None
+    heads, width = value.shape[1], value.shape[3]
+    apart = value
+    while (cut := producer(apart, "Slice", "Split")) is not None and cut.inputs[0] is not None:
+        apart = cut.inputs[0]  # queries, keys and values of one head side by side
+    transpose = producer(apart, "Transpose")
+    split = producer(transpose.inputs[0], "Reshape") if transpose is not None else None
+    if not isinstance(heads, int) and split is not None and apart.shape is not None:
+        flat, wide = split.inputs[0].shape if split.inputs[0] is not None else None, apart.shape[3]
+        if flat is not None and len(flat) == 3 and isinstance(flat[2], int) and isinstance(wide, int):
+            heads = flat[2] // wide
+    return heads if isinstance(heads, int) else None, width if isinstance(width, int) else None
+
+
+def _positions(cos: ir.Value) -> ir.Value:
+    """The integers [B or 1, S] that the angles are computed from: a graph input, or counted from the cache's length.
+
+    Raises:
+        NotCuttable: there are none, or more than one.
+    """
+    region = Region([], [cos])
+    leaves = [leaf for leaf in region.leaves if leaf.is_graph_input()]
     if len(leaves) > 1:
         leaves = [leaf for leaf in leaves if leaf.name == "position_ids"]
-    if len(leaves) != 1 or leaves[0].dtype not in (ir.DataType.INT64, ir.DataType.INT32):
-        raise NotCuttable("the positions are no graph input")
-    return leaves[0]
+    if len(leaves) == 1 and _is_integer(leaves[0]) and leaves[0].shape is not None and len(leaves[0].shape) == 2:
+        return leaves[0]
+    counted: dict[int, ir.Value] = {}
+    for node in region.nodes:
+        value = node.inputs[0] if node.op_type == "Cast" else None
+        if value is None or not _is_integer(value) or _is_integer(node.outputs[0]):
+            continue
+        while value.shape is not None and len(value.shape) > 2 and (up := producer(value, "Unsqueeze")) is not None:
+            assert up.inputs[0] is not None
+            value = up.inputs[0]
+        counted[id(value)] = value
+    found = list(counted.values())
+    if len(found) != 1 or found[0].shape is None or len(found[0].shape) != 2:
+        raise NotCuttable("the positions are neither a graph input nor one list of integers")
+    return found[0]
+
+
+def _is_integer(value: ir.Value) -> bool:
+    return value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+
+
+def _for_batch(fuser: Fuser, positions: ir.Value, made: dict[int, ir.Value]) -> ir.Value:
+    """`positions` [1, S] repeated for each row of the batch, as the operator wants it; [B, S] as it is."""
+    if positions.shape is None or positions.shape[0] != 1:
+        return positions
+    if id(positions) not in made:
+        graph = fuser.model.graph
+        ids = next((one for one in graph.inputs if one.name in ("input_ids", "inputs_embeds")), None)
+        if ids is None:
+            raise NotCuttable("no input_ids to take the batch size from")
+        name = f"rotary/{(positions.name or 'positions').strip('/')}"
+        size = ir.Node("", "Shape", [ids], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)], name=f"{name}/batch")
+        one = constant(graph, np.array([1], np.int64), "rotary/one")
+        shape = ir.Node("", "Concat", [size.outputs[0], one], [ir.AttrInt64("axis", 0)], name=f"{name}/shape")
+        rows = ir.Node("", "Expand", [positions, shape.outputs[0]], name=f"{name}/rows")
+        for node in (size, shape, rows):
+            node.outputs[0].name = f"{node.name}.out"
+            node.outputs[0].dtype = ir.DataType.INT64
+        rows.outputs[0].type, rows.outputs[0].shape = positions.type, ir.Shape([None, None])
+        fuser.insert([size, shape, rows])
+        made[id(positions)] = rows.outputs[0]
+    return made[id(positions)]
 
 
 @dataclass

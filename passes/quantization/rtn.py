@@ -374,9 +374,7 @@ class Rtn(Pass):
         """What the options say about a matrix of these names."""
         found = _Format(self.bits, self.block_size, self.symmetric, self.scales)
         if is_head:
-            found = found._replace(
-                bits=self.head_bits or self.bits, block_size=self.head_block_size or self.block_size
-            )
+            found = found._replace(bits=self.head_bits or self.bits, block_size=self.head_block_size or self.block_size)
         for pattern, changes in self.overrides.items():
             if pattern == kind or any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 found = found._replace(**changes)  # type: ignore[arg-type]  # checked in __post_init__

@@ -141,8 +141,8 @@ def test_a_wrong_fusion_is_refused(
     architecture, mutate = MUTATIONS[name]
     read = fuse_attention._match
 
-    def wrong(softmax: ir.Node) -> Any:
-        found = read(softmax)
+    def wrong(softmax: ir.Node, with_rotary: bool = True) -> Any:
+        found = read(softmax, with_rotary)
         mutate(found)
         if name == "rotary dropped":
             found.sin = None
