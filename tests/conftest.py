@@ -36,5 +36,6 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--update-golden` rewrites the golden files."""
+    """Options that write down what tests measure."""
     parser.addoption("--update-golden", action="store_true", help="write what is measured into tests/golden")
+    parser.addoption("--update-architectures", action="store_true", help="write docs/architectures.md")

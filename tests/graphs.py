@@ -122,8 +122,8 @@ def models(draw: st.DrawFn) -> ir.Model:
     return builder.finish(values[-1], draw(st.booleans()), table)
 
 
-def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Array]:
-    """Outputs by name in ONNX Runtime, graph optimizations off, one thread."""
+def session(model: ir.Model) -> ort.InferenceSession:
+    """`model` in ONNX Runtime, graph optimizations off, one thread."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -131,11 +131,16 @@ def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Arr
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Array]:
+    """Outputs by name of one run of `model`."""
+    running = session(model)
     given = {"input_ids": np.random.default_rng(0).integers(0, 96, (2, 5))} if feeds is None else feeds
-    names = [one.name for one in session.get_outputs()]
-    wanted = {one.name for one in session.get_inputs()}
-    return dict(zip(names, session.run(names, {k: v for k, v in given.items() if k in wanted}), strict=True))
+    names = [one.name for one in running.get_outputs()]
+    wanted = {one.name for one in running.get_inputs()}
+    return dict(zip(names, running.run(names, {k: v for k, v in given.items() if k in wanted}), strict=True))
 
 
 def text(model: ir.Model) -> bytes:

@@ -1,0 +1,63 @@
+"""Collects what the tests of architectures measure, and writes docs/architectures.md when asked to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+_HEAD = """# Architectures
+
+Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and compared
+with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators are per layer.
+Written by `pytest tests/architectures --update-architectures`.
+
+"""
+
+
+@pytest.fixture(scope="session")
+def architectures(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    """Rows for the table."""
+    rows: list[dict[str, Any]] = []
+    yield rows
+    if request.config.getoption("--update-architectures"):
+        PAGE.write_text(_HEAD + table(rows), encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["differences"]) if rows else []
+    lines = [
+        f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(names)} |",
+        "|" + "---|" * (5 + len(names)),
+    ]
+    for row in sorted(rows, key=lambda one: (one["exporter"] != "optimum", one["model"])):
+        fused = ", ".join(f"{name} {count:.3g}" for name, count in row["operators"].items())
+        stray = ", ".join(f"{name} {count}" for name, count in row["stray"].items()) or "none"
+        differences = " | ".join(f"{value:.0e}" for value in row["differences"].values())
+        nodes = f"{row['nodes'][0]:,} to {row['nodes'][1]}"
+        lines.append(f"| {row['model']} | {row['exporter']} | {nodes} | {fused} | {stray} | {differences} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def big_tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """As `tiny_export`, with three layers of width 128."""
+    from onnxpress import models
+    from onnxpress.models.tiny import save_tiny
+
+    root = tmp_path_factory.mktemp("architectures")
+
+    @functools.cache
+    def make(architecture: str, exporter: str) -> Path:
+        checkpoint = root / architecture
+        if not checkpoint.exists():
+            save_tiny(architecture, checkpoint, num_layers=3, hidden_size=128)
+        work = root / f"{architecture}-{exporter}"
+        work.mkdir()
+        return models.load(checkpoint, work_dir=work, exporter=exporter).directory
+
+    return make

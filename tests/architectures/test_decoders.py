@@ -1,0 +1,152 @@
+"""Every decoder, from every exporter: one attention operator per layer, and the logits that torch gives.
+
+`pytest tests/architectures --update-architectures` writes what is measured into docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxpress import models
+from onnxpress.compiler import pipeline
+from onnxpress.compiler.pass_ import Context
+from onnxpress.models.tiny import tiny
+
+LAYERS, HIDDEN = 3, 128
+OPTIMUM = (
+    "falcon gemma gemma2 gemma3 gpt2 gpt_neox granite llama llama3 mistral olmo2 opt phi3 phi4 qwen2 qwen3 smollm3 stablelm"
+).split()
+DYNAMO = ["gemma3", "granite", "phi4", "smollm3"]
+# What may stand between a projection and its attention without being a chain that moves data about.
+_FUSED = ("GroupQueryAttention", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+_FUSED += ("LayerNormalization", "SkipLayerNormalization", "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding")
+_STRAY = ("Transpose", "Expand", "Concat", "Gather")
+TOLERANCE = 1e-4  # of the largest logit
+
+Export = Callable[..., Path]
+Feeds = dict[str, np.ndarray]
+
+# (name, batch, lengths of the steps, tokens of padding on the left of the last row)
+CONVERSATIONS = (
+    ("prompt, past 0", 1, (11,), 0),
+    ("decode, past 1", 1, (1, 1), 0),
+    ("decode, past 40", 1, (40, 1), 0),
+    ("chunks", 1, (11, 6, 6), 0),
+    ("batch 2, padded", 2, (11, 1, 1), 4),
+)
+
+
+def steps(batch: int, lengths: tuple[int, ...], padding: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(token ids, mask of all tokens so far, positions of the new ones) of each step."""
+    rng = np.random.default_rng(5)
+    mask = np.ones((batch, 0), np.int64)
+    for number, length in enumerate(lengths):
+        new = np.ones((batch, length), np.int64)
+        if number == 0:
+            new[-1, :padding] = 0
+        mask = np.concatenate([mask, new], axis=1)
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -length:]
+        yield rng.integers(3, 200, (batch, length)), mask, positions
+
+
+def torch_logits(model: Any, *conversation: Any) -> list[np.ndarray]:
+    import inspect
+
+    import torch
+    import transformers
+
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    cache, found = transformers.DynamicCache(), []
+    with torch.no_grad():
+        for ids, mask, positions in steps(*conversation):
+            given = {"input_ids": ids, "attention_mask": mask, **({"position_ids": positions} if takes_positions else {})}
+            tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+            output = model(**tensors, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits.numpy() * mask[:, -ids.shape[1] :, None])
+    return found
+
+
+def onnx_logits(session: Any, graph: ir.Graph, *conversation: Any) -> list[np.ndarray]:
+    batch = conversation[0]
+    caches: Feeds = {
+        value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in graph.inputs
+        if value.name is not None and value.shape is not None and len(value.shape) == 4
+    }
+    inputs, outputs = {one.name for one in session.get_inputs()}, [one.name for one in session.get_outputs()]
+    found = []
+    for ids, mask, positions in steps(*conversation):
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **caches}
+        results = dict(
+            zip(outputs, session.run(None, {name: feeds[name] for name in feeds if name in inputs}), strict=True)
+        )
+        caches = {
+            name.replace("present", "past_key_values"): array for name, array in results.items() if "present" in name
+        }
+        found.append(results["logits"] * mask[:, -ids.shape[1] :, None])
+    return found
+
+
+def stray_nodes(graph: ir.Graph) -> Counter[str]:
+    """Operators that move data between the projections and the attention of a layer."""
+    found: Counter[str] = Counter()
+    for node in graph:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        queue, seen = list(node.inputs[:3]), set()
+        while queue:
+            value = queue.pop()
+            above = None if value is None else value.producer()
+            if above is None or id(above) in seen or above.op_type in ("MatMul", "Gemm"):
+                continue
+            seen.add(id(above))
+            found[above.op_type] += above.op_type in _STRAY
+            queue += above.inputs[:1]
+    return +found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "exporter"),
+    [(name, "optimum") for name in OPTIMUM] + [(name, "dynamo") for name in DYNAMO],
+)
+def test_decoder(
+    big_tiny_export: Export, tmp_path: Path, architecture: str, exporter: str, architectures: list[dict[str, Any]]
+) -> None:
+    source = models.load(big_tiny_export(architecture, exporter), work_dir=tmp_path)
+    before = len(source.model.graph)
+    done = pipeline.run(source.model, pipeline.parse("fp32"), Context(config=source.config))
+    reasons = [reason for _, report in done for reason in report.reasons()]
+    ops = Counter(node.op_type for node in source.model.graph)
+    torch_model = tiny(architecture, num_layers=LAYERS, hidden_size=HIDDEN)
+    session = graphs.session(source.model)
+    differences = {}
+    for name, *conversation in CONVERSATIONS:
+        worst = 0.0
+        for want, got in zip(
+            torch_logits(torch_model, *conversation),
+            onnx_logits(session, source.model.graph, *conversation),
+            strict=True,
+        ):
+            worst = max(worst, float(np.abs(want - got).max() / np.abs(want).max()))
+        differences[name] = worst
+    architectures.append(
+        {
+            "model": architecture,
+            "exporter": exporter,
+            "nodes": (before, len(source.model.graph)),
+            "operators": {name: ops[name] / LAYERS for name in _FUSED if ops[name]},
+            "stray": stray_nodes(source.model.graph),
+            "differences": differences,
+        }
+    )
+    assert ops["GroupQueryAttention"] == LAYERS and not ops["Softmax"], reasons
+    assert all(difference <= TOLERANCE for difference in differences.values()), differences
