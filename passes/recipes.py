@@ -7,9 +7,10 @@ from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.canonicalize.trim_logits import TrimLogits
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
+from onnxpress.passes.fusion.fuse_gelu import FuseGelu
 from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
 from onnxpress.passes.fusion.fuse_rotary import FuseRotary
-from onnxpress.passes.fusion.fuse_skip_rmsnorm import FuseSkipRmsnorm
+from onnxpress.passes.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
 from onnxpress.passes.fusion.pack_gate_up import PackGateUp
 from onnxpress.passes.fusion.pack_qkv import PackQkv
@@ -28,8 +29,9 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseRmsnorm(),
         FuseRotary(),
         FuseAttention(),
-        FuseSkipRmsnorm(),
+        FuseSkipNorm(),
         FuseSwiglu(),
+        FuseGelu(),
         Simplify(),
     )
     # On CUDA the count would have to come back to the host: not tried there, so left out.

@@ -92,6 +92,7 @@ class _Attention:
     positions: ir.Value | None = None
     interleaved: int = 0
     unturned: list[ir.Value] = field(default_factory=list)  # operands [B, S, heads, D], not yet turned
+    norms: dict[int, ir.Node] = field(default_factory=dict)  # by id of such an operand: the norm over D that follows
 
     @property
     def num_heads(self) -> int:
@@ -143,7 +144,7 @@ def _match(softmax: ir.Node, with_rotary: bool = True) -> _Attention:
     )
     if with_rotary:
         _absorb_rotary(found)
-    found.q, found.k, found.v = (_flat(value, found.unturned) for value in (found.q, found.k, found.v))
+    found.q, found.k, found.v = (_flat(value, found) for value in (found.q, found.k, found.v))
     return found
 
 
@@ -294,18 +295,36 @@ def _absorb_rotary(found: _Attention) -> None:
     found.interleaved = 0 if attribute is None else attribute.as_int()
 
 
-def _flat(value: ir.Value, unturned: list[ir.Value]) -> ir.Value:
+def _flat(value: ir.Value, found: _Attention) -> ir.Value:
     """The [B, S, heads D] value whose heads were split into `value`; else [B, S, heads, D], noted in `unturned`, where
     something was done per head before the heads were turned forward; else `value` itself."""
+    reshape = producer(value, "Reshape")
+    if reshape is not None and reshape.inputs[0] is not None and _same_sizes(value, reshape.inputs[0]):
+        value = reshape.inputs[0]  # changes nothing (Falcon)
+    norm, turned = _normed_after_turning(value)
+    if norm is not None:
+        found.norms[id(turned)] = norm
+        found.unturned.append(turned)
+        return turned
     transpose = producer(value, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose.inputs[0]:
         return value
     apart = transpose.inputs[0]
     reshape = producer(apart, "Reshape")
     if reshape is None or reshape.inputs[0] is None or _rank(reshape.inputs[0]) != 3:
-        unturned.append(apart)
+        found.unturned.append(apart)
         return apart
     return reshape.inputs[0]
+
+
+def _normed_after_turning(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """The norm of each head [B, H, S, D] and the [B, S, H, D] it came from; a norm over D may come before the turn."""
+    norm = producer(value, "SimplifiedLayerNormalization", "LayerNormalization")
+    turn = None if norm is None else producer(norm.inputs[0], "Transpose")
+    if norm is None or turn is None or list(turn.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not turn.inputs[0]:
+        return None, value
+    axis = norm.attributes.get("axis")
+    return (norm, turn.inputs[0]) if axis is None or axis.as_int() in (-1, 3) else (None, value)
 
 
 @dataclass
@@ -430,7 +449,14 @@ class _Builder:
         if _rank(value) != 4:
             raise NotCuttable(f"{value.name} is of unknown rank")
         apart = value
-        if value not in found.unturned:
+        norm = found.norms.get(id(value))
+        if norm is not None:
+            again = ir.Node(norm.domain, norm.op_type, [value, *norm.inputs[1:]], list(norm.attributes.values()))
+            again.name = f"{value.name}/apart"
+            again.outputs[0].type = value.type
+            nodes.append(again)
+            apart = again.outputs[0]
+        elif value not in found.unturned:
             swap = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])], name=f"{value.name}/swap")
             swap.outputs[0].type = value.type
             nodes.append(swap)
@@ -575,6 +601,14 @@ def _blank_padding(mask: ir.Value) -> Any:
         return array
 
     return valid
+
+
+def _same_sizes(one: ir.Value, two: ir.Value) -> bool:
+    """Whether both shapes are known and equal, symbols included."""
+    if one.shape is None or two.shape is None or len(one.shape) != len(two.shape):
+        return False
+    known = all(isinstance(size, int) or size.value is not None for size in one.shape)
+    return known and list(one.shape) == list(two.shape)
 
 
 def _rank(value: ir.Value | None) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer
+from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer, scalar
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, Region, build_model, random_feed
 
@@ -143,7 +143,7 @@ def _heads_and_width(value: ir.Value) -> tuple[int | None, int | None]:
     """Heads and their width of [B, heads, S, D], from the shape or from the [B, S, heads D] it was split from."""
     if value.shape is None or len(value.shape) != 4:
         return None, None
-    heads, width = value.shape[1], value.shape[3]
+    heads, width = value.shape[1], value.shape[3] if isinstance(value.shape[3], int) else _cut_width(value)
     apart = value
     while (cut := producer(apart, "Slice", "Split")) is not None and cut.inputs[0] is not None:
         apart = cut.inputs[0]  # queries, keys and values of one head side by side
@@ -154,6 +154,19 @@ def _heads_and_width(value: ir.Value) -> tuple[int | None, int | None]:
         if flat is not None and len(flat) == 3 and isinstance(flat[2], int) and isinstance(wide, int):
             heads = flat[2] // wide
     return heads if isinstance(heads, int) else None, width if isinstance(width, int) else None
+
+
+def _cut_width(value: ir.Value) -> int | None:
+    """Width of Slice(x, start, end) on the last axis of a known width, from its constants."""
+    cut = producer(value, "Slice")
+    whole = None if cut is None or cut.inputs[0] is None else cut.inputs[0].shape
+    if cut is None or whole is None or not isinstance(whole[-1], int) or len(cut.inputs) < 4:
+        return None
+    numbers = [scalar(one) for one in cut.inputs[1:]]
+    start, end, axis = (int(one) if one is not None else None for one in numbers[:3])
+    if start is None or end is None or axis not in (-1, len(whole) - 1) or numbers[3:] not in ([], [1.0]):
+        return None
+    return len(range(whole[-1])[start:end])
 
 
 def _positions(cos: ir.Value) -> ir.Value:

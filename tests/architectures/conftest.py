@@ -12,8 +12,9 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _HEAD = """# Architectures
 
-Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and compared
-with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators are per layer.
+Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and
+compared with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators
+are per layer.
 Written by `pytest tests/architectures --update-architectures`.
 
 """

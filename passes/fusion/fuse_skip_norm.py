@@ -1,7 +1,7 @@
-"""Fuses a residual addition with the RMSNorm behind it into SkipSimplifiedLayerNormalization.
+"""Fuses a residual addition with the norm behind it: Skip(Simplified)LayerNormalization.
 
 The fused operator gives both the normalized sum (output 0) and the sum itself (output 3), which the next residual
-addition reads. ONNX Runtime does not make this fusion at load for any form that was tried.
+addition reads. ONNX Runtime does not make this fusion at load for any form of RMSNorm that was tried.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import onnx_ir as ir
 from onnxpress.compiler.fusing import Fuser, discard, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
+_FUSED = {
+    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class FuseSkipRmsnorm(Pass):
-    """Residual addition and RMSNorm in one operator."""
+class FuseSkipNorm(Pass):
+    """Residual addition and norm (RMSNorm or LayerNorm) in one operator."""
 
     promise: ClassVar[Promise] = Promise.CLOSE
 
@@ -25,7 +30,7 @@ class FuseSkipRmsnorm(Pass):
         report = Report()
         fuser = Fuser(model, report, context.seed)
         for norm in list(model.graph):
-            if norm.op_type != "SimplifiedLayerNormalization":
+            if norm.op_type not in _FUSED or norm.domain:
                 continue
             add = producer(norm.inputs[0], "Add")
             if add is None:
@@ -58,12 +63,13 @@ class FuseSkipRmsnorm(Pass):
 
 
 def _build(norm: ir.Node, left: ir.Value, right: ir.Value, with_sum: bool = True) -> ir.Node:
-    epsilon = norm.attributes["epsilon"]  # the fused operator's own default is 1e-12: always written
+    epsilon = norm.attributes.get("epsilon")  # the fused operator's own default is 1e-12: always written
+    operands = [left, right, *norm.inputs[1:]]
     new = ir.Node(
         "com.microsoft",
-        "SkipSimplifiedLayerNormalization",
-        [left, right, norm.inputs[1]],
-        [ir.AttrFloat32("epsilon", epsilon.as_float())],
+        _FUSED[norm.op_type],
+        operands,
+        [ir.AttrFloat32("epsilon", 1e-5 if epsilon is None else epsilon.as_float())],
         num_outputs=4 if with_sum else 1,
         name=f"{norm.outputs[0].name}/skip",
     )

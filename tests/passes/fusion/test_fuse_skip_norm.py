@@ -1,4 +1,4 @@
-"""FuseSkipRmsnorm: sum and norm in one operator, the sum still readable."""
+"""FuseSkipNorm: sum and norm in one operator, the sum still readable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
-from onnxpress.passes.fusion.fuse_skip_rmsnorm import FuseSkipRmsnorm
+from onnxpress.passes.fusion.fuse_skip_norm import FuseSkipNorm
 
 
 def residual(reads_sum: bool, constant: bool = False) -> ir.Model:
@@ -28,7 +28,7 @@ def residual(reads_sum: bool, constant: bool = False) -> ir.Model:
 
 def fuse(model: ir.Model) -> Counter[str]:
     FuseRmsnorm().run(model, Context())
-    FuseSkipRmsnorm().run(model, Context())
+    FuseSkipNorm().run(model, Context())
     return Counter(node.op_type for node in model.graph)
 
 
@@ -52,5 +52,18 @@ def test_sum_that_nobody_reads_is_no_output() -> None:
 def test_an_added_constant_is_no_residual() -> None:
     model = residual(False, constant=True)
     FuseRmsnorm().run(model, Context())
-    report = FuseSkipRmsnorm().run(model, Context())
+    report = FuseSkipNorm().run(model, Context())
     assert report.reasons() == {"a constant is added, not a residual": 1}
+
+
+def test_layer_norm_with_its_bias() -> None:
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    total = builder.op("Add", x, builder.step("linear", x, x), width=32)
+    norm = builder.op("LayerNormalization", total, builder.weight(32), builder.weight(32), width=32, epsilon=1e-3)
+    last = builder.op("Add", builder.step("linear", norm, norm), total, width=32)
+    model = builder.finish(last, False, table)
+    before = graphs.run(model)
+    assert fuse(model)["SkipLayerNormalization"] == 1
+    check.close(before["logits"], graphs.run(model)["logits"])

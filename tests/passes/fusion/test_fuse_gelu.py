@@ -1,0 +1,78 @@
+"""FuseGelu: both forms fire in several spellings, what is nearly GELU does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import check
+import graphs
+import numpy as np
+import pytest
+
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.fusion.fuse_gelu import FuseGelu
+
+Make = Callable[[graphs.Builder, Any], Any]
+
+
+def number(builder: graphs.Builder, value: float) -> Any:
+    return builder.const(np.array(value, np.float32), f"c{len(builder.weights)}")
+
+
+def erf(half: str, inner: float = math.sqrt(2), one: float = 1.0) -> Make:
+    """x Phi(x), with the half multiplied in first, last, or to x."""
+
+    def make(b: graphs.Builder, x: Any) -> Any:
+        def op(kind: str, *operands: Any) -> Any:
+            return b.op(kind, *operands, width=32)
+
+        total = op("Add", op("Erf", op("Div", x, number(b, inner))), number(b, one))
+        if half == "first":
+            return op("Mul", op("Mul", x, number(b, 0.5)), total)
+        if half == "inside":
+            return op("Mul", x, op("Mul", total, number(b, 0.5)))
+        return op("Mul", op("Mul", x, total), number(b, 0.5))
+
+    return make
+
+
+def tanh(cubic: float = 0.044715, by_power: bool = True) -> Make:
+    def make(b: graphs.Builder, x: Any) -> Any:
+        def op(kind: str, *operands: Any) -> Any:
+            return b.op(kind, *operands, width=32)
+
+        cube = op("Pow", x, number(b, 3.0)) if by_power else op("Mul", op("Mul", x, x), x)
+        sum_ = op("Add", x, op("Mul", cube, number(b, cubic)))
+        total = op("Add", op("Tanh", op("Mul", sum_, number(b, math.sqrt(2 / math.pi)))), number(b, 1.0))
+        return op("Mul", op("Mul", x, number(b, 0.5)), total)
+
+    return make
+
+
+CASES: dict[str, tuple[Make, str | None]] = {
+    "half first": (erf("first"), "Gelu"),
+    "half last": (erf("last"), "Gelu"),
+    "half inside": (erf("inside"), "Gelu"),
+    "tanh": (tanh(), "FastGelu"),
+    "tanh, products": (tanh(by_power=False), "FastGelu"),
+    "another width": (erf("last", inner=1.5), None),
+    "another offset": (erf("last", one=1.1), None),
+    "another cubic": (tanh(cubic=0.06), None),
+    "a soft cap": (lambda b, x: b.op("Mul", b.op("Tanh", x, width=32), number(b, 3.0), width=32), None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fires_on_gelu_and_on_nothing_else(case: str) -> None:
+    make, expected = CASES[case]
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32, scale=2.0)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    model = builder.finish(make(builder, x), False, table)
+    before = graphs.run(model)
+    FuseGelu().run(model, Context())
+    ops = {node.op_type for node in model.graph} & {"Gelu", "FastGelu", "Erf", "Tanh"}
+    assert ops == ({expected} if expected else ops & {"Erf", "Tanh"})
+    check.close(before["logits"], graphs.run(model)["logits"])
