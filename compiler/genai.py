@@ -183,11 +183,14 @@ def _templates(values: Iterable[ir.Value]) -> tuple[int, str, str] | None:
 
 
 def _appends_in_place(present: ir.Value) -> bool:
-    """Whether a GroupQueryAttention makes this present cache right from a graph input."""
+    """Whether a GroupQueryAttention makes this present cache right from a graph input that nobody else reads.
+
+    Who asks for the size of the past would be told that of the whole buffer.
+    """
     node = present.producer()
     if node is None or node.op_type != "GroupQueryAttention":
         return False
-    return all(past is not None and past.is_graph_input() for past in node.inputs[3:5])
+    return all(past is not None and past.is_graph_input() and len(past.uses()) == 1 for past in node.inputs[3:5])
 
 
 def _num_attention_heads(model: ir.Model) -> int | None:

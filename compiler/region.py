@@ -292,7 +292,12 @@ def random_feed(
 
 
 # What lies between the size of an activation and a number that is computed from it.
-_ARITHMETIC = ("Sqrt", "Div", "Mul", "Pow", "Reciprocal", "Cast", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape")
+SIZE_ARITHMETIC = (
+    *("Sqrt", "Div", "Mul", "Pow", "Reciprocal", "Cast"),
+    *("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Concat"),
+)
+# Unknown sizes are given these values in turn: one number for all of them does not depend on any.
+_TRIED_SIZES = (2, 3, 31)
 
 
 def sized_number(value: ir.Value | None) -> float | None:
@@ -301,12 +306,14 @@ def sized_number(value: ir.Value | None) -> float | None:
     queue, seen = [value], set()
     while queue:
         node = None if (one := queue.pop()) is None else one.producer()
-        if one is None or id(one) in seen or (node is None and one.const_value is not None):
+        if one is None or id(one) in seen:
+            continue
+        if one.const_value is not None and not one.is_graph_input() and (node is None or node.op_type == "Constant"):
             continue
         seen.add(id(one))
         if node is not None and node.op_type == "Shape" and node.inputs[0] is not None:
             asked.append(node.inputs[0])
-        elif node is not None and node.op_type in _ARITHMETIC and len(seen) < 24:
+        elif node is not None and node.op_type in SIZE_ARITHMETIC and len(seen) < 24:
             queue += node.inputs
         else:
             return None
@@ -314,12 +321,15 @@ def sized_number(value: ir.Value | None) -> float | None:
         return None
     try:
         region = Region(asked, [value])
-        model = build_model(region.nodes, region.leaves, region.outputs, region.constants)
-        # Sizes that are not known differ between the two runs.
-        results = [_of_sizes(model, region.leaves, unknown) for unknown in (2, 3)]
+        graph = region.nodes[0].graph
+        opset = 18 if graph is None else graph.opset_imports.get("", 18)
+        model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
+        for leaf in model.graph.inputs:  # only asked for its size: of a type that numpy knows
+            leaf.dtype = ir.DataType.FLOAT
+        results = {_of_sizes(model, region.leaves, unknown) for unknown in _TRIED_SIZES}
     except NotCuttable:
         return None
-    return results[0] if results[0] == results[1] else None
+    return results.pop() if len(results) == 1 else None
 
 
 def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], unknown: int) -> float | None:
@@ -329,7 +339,7 @@ def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], unknown: int) -> floa
         if leaf.shape is None:
             raise NotCuttable(f"shape of {leaf.name} is unknown")
         sizes = [size if isinstance(size, int) else unknown + axis for axis, size in enumerate(leaf.shape)]
-        feeds.append(np.zeros(sizes, (leaf.dtype or ir.DataType.FLOAT).numpy()))
+        feeds.append(np.zeros(sizes, np.float32))
     try:
         (result,) = run(model, feeds)
     except Exception as error:  # ONNX Runtime's exceptions have no common type

@@ -198,7 +198,6 @@ def _resnet(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
 
 
 _VISION = ("resnet", "vit")
-_ENCODERS = ("bert", "distilbert", "modernbert", "roberta", *_VISION)
 # Multipliers that are all different and none of them the default.
 _GRANITE = {
     "embedding_multiplier": 3.0,

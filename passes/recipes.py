@@ -65,7 +65,7 @@ _EXACT_HEAD: Overrides = dict.fromkeys(("head", "embedding"), _HEAD_FORMAT)
 def int4(target: Target) -> tuple[Pass, ...]:
     """Linears in 4 bits, embedding and head in 8, which keeps rare words and code."""
     if target.provider == "cuda":  # zero points cost time there, and were only measured on the CPU
-        rtn = Rtn(bits=4, block_size=32, head_bits=8, head_block_size=64)
+        rtn = Rtn(bits=4, block_size=32, overrides=_EXACT_HEAD)
     else:
         rtn = Rtn(bits=4, block_size=32, symmetric=False, overrides={**_WIDE, **_EXACT_HEAD})
     return (*fuse(target), rtn, *pack(target))

@@ -106,7 +106,11 @@ def _lift_tensors(graph: ir.Graph) -> int:
         tensor: ir.TensorProtocol = attribute.value
         value = node.outputs[0]
         initializer = ir.Value(
-            name=value.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+            metadata_props=dict(value.metadata_props),
+            name=value.name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         graph.register_initializer(initializer)
         value.replace_all_uses_with(initializer)

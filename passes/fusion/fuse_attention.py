@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer, split_scalar
+from onnxpress.compiler.fusing import Fuser, constant, discard
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import (
     Array,
@@ -32,13 +32,11 @@ from onnxpress.compiler.region import (
     first_line,
     random_feed,
     run,
-    sized_number,
 )
+from onnxpress.passes.fusion._attention import Attention, rank, read_cached, static
 
 # Added to the scores of padding: far below any score, and finite in float16 (a row of -inf would give NaN).
 _HIDDEN = -30000.0
-# Operators that move or repeat data without changing a number.
-_MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,273 +56,18 @@ class FuseAttention(Pass):
                 continue
             site = node.name or node.outputs[0].name or "attention"
             try:
-                found = _match(node)
+                found = read_cached(node)
                 try:
                     builder.fuse(site, found)
-                except NotCuttable:
+                except NotCuttable as reason:
                     if found.cos is None:
                         raise
-                    builder.fuse(site, _match(node, with_rotary=False))  # the kernel may not turn this part of a head
+                    builder.fuse(site, read_cached(node, with_rotary=False), rotary=f"stays outside: {reason}")
             except NotCuttable as reason:
                 report.skip(site, str(reason))
         discard(builder.pending)
         builder.fuser.finish()
         return report
-
-
-@dataclass
-class _Attention:
-    """What was read off one attention: operands, cache, parameters."""
-
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    past_k: ir.Value
-    past_v: ir.Value
-    present_k: ir.Value
-    present_v: ir.Value
-    output: ir.Value
-    scale: float
-    softcap: float
-    mask: ir.Value | None
-    cos: ir.Value | None = None
-    sin: ir.Value | None = None
-    positions: ir.Value | None = None
-    interleaved: int = 0
-    unturned: list[ir.Value] = field(default_factory=list)  # operands [B, S, heads, D], not yet turned
-    norms: dict[int, ir.Node] = field(default_factory=dict)  # by id of such an operand: the norm over D that follows
-
-    @property
-    def num_heads(self) -> int:
-        """H, from the width of the queries or of what reads the output."""
-        if _rank(self.q) == 3:
-            return _static(self.q, 2) // self.head_size
-        for node, index in self.output.uses():
-            weight = node.inputs[1] if node.op_type == "MatMul" and index == 0 else None
-            if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
-                return weight.shape[0] // self.head_size
-        return _static(self.q, 1)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G, from the cache."""
-        return _static(self.past_k, 1)
-
-    @property
-    def head_size(self) -> int:
-        """D, from the cache."""
-        return _static(self.past_k, 3)
-
-
-def _match(softmax: ir.Node, with_rotary: bool = True) -> _Attention:
-    """Walks from a Softmax to queries, keys, values, cache, mask and output.
-
-    Raises:
-        NotCuttable: the first thing that is not as in attention with a cache.
-    """
-    scores, mask, scale, softcap = _scores(softmax)
-    q, q_scale = _unscaled(scores.inputs[0])
-    keys, k_scale = _to_cache(scores.inputs[1], "keys")
-    product = _product_with_values(softmax)
-    values, v_scale = _to_cache(product.inputs[1], "values")
-    if v_scale != 1.0:
-        raise NotCuttable("the values are scaled")
-    found = _Attention(
-        q=q,
-        k=keys.new,
-        v=values.new,
-        past_k=keys.past,
-        past_v=values.past,
-        present_k=keys.present,
-        present_v=values.present,
-        output=_output(product),
-        scale=scale * q_scale * k_scale,
-        softcap=softcap,
-        mask=mask,
-    )
-    if with_rotary:
-        _absorb_rotary(found)
-    found.q, found.k, found.v = (_flat(value, found) for value in (found.q, found.k, found.v))
-    return found
-
-
-def _scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, float]:
-    """The product of queries and keys above a Softmax, the mask, the scale and the softcap between them."""
-    value, mask, scale, softcap = softmax.inputs[0], None, 1.0, 0.0
-    for _ in range(12):
-        node = producer(value)
-        if node is None:
-            break
-        if node.op_type == "MatMul":
-            return node, mask, scale, softcap
-        if node.op_type == "Cast":
-            value = node.inputs[0]
-        elif node.op_type in ("Add", "Where"):
-            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
-            up = [one for one in operands if _leads_to_product(one)]
-            if len(up) != 1 or mask is not None:
-                raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
-            mask = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
-            value = up[0]
-        elif node.op_type in ("Mul", "Div"):
-            inner, number = _factor(node)
-            if inner is None or number is None:
-                raise NotCuttable(f"the scores are multiplied by something that is not one number at {node.name}")
-            tanh = producer(inner, "Tanh")
-            if tanh is not None:
-                softcap = number
-                value = tanh.inputs[0]
-                scale *= softcap  # the division by the cap below the Tanh is not part of the scale
-            else:
-                scale *= number
-                value = inner
-        else:
-            raise NotCuttable(f"{node.op_type} between the scores and the Softmax")
-    raise NotCuttable("no product of queries and keys above the Softmax")
-
-
-def _leads_to_product(value: ir.Value | None) -> bool:
-    for _ in range(10):
-        node = producer(value, "MatMul", "Add", "Where", "Mul", "Div", "Tanh", "Cast")
-        if node is None:
-            return False
-        if node.op_type == "MatMul":
-            return True
-        if node.op_type in ("Add", "Where"):
-            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
-            return any(_leads_to_product(one) for one in operands)
-        value = _factor(node)[0] if node.op_type in ("Mul", "Div") else node.inputs[0]
-    return False
-
-
-def _factor(node: ir.Node) -> tuple[ir.Value | None, float | None]:
-    """`split_scalar`, also for a number that is computed from sizes, as 1 / sqrt(head size) often is."""
-    inner, number = split_scalar(node)
-    if number is not None:
-        return inner, number
-    for index in (1, 0):
-        number = sized_number(node.inputs[index])
-        if number and not (node.op_type == "Div" and index == 0):
-            return node.inputs[1 - index], 1.0 / number if node.op_type == "Div" else number
-    return None, None
-
-
-def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
-    """The value below multiplications with one number, and the product of these numbers."""
-    scale = 1.0
-    while (node := producer(value, "Mul", "Div", "Cast")) is not None:
-        inner, number = (node.inputs[0], 1.0) if node.op_type == "Cast" else _factor(node)
-        if inner is None or number is None:
-            break
-        value, scale = inner, scale * number
-    if value is None:
-        raise NotCuttable("no queries")
-    return value, scale
-
-
-@dataclass
-class _Cached:
-    past: ir.Value
-    new: ir.Value
-    present: ir.Value
-
-
-def _to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
-    """Walks from an operand of a product up to the Concat with the cache."""
-    scale = 1.0
-    for _ in range(12):
-        node = producer(value)
-        if node is None:
-            break
-        if node.op_type == "Concat" and len(node.inputs) == 2:
-            past, new = node.inputs
-            if past is None or new is None or not past.is_graph_input():
-                break
-            return _Cached(past, new, node.outputs[0]), scale
-        if node.op_type in _MOVES:
-            value = node.inputs[0]
-        elif node.op_type in ("Mul", "Div"):
-            value, number = _factor(node)
-            scale *= number or 0.0
-        else:
-            break
-    raise NotCuttable(f"the {what} meet no cache")
-
-
-def _product_with_values(softmax: ir.Node) -> ir.Node:
-    """The MatMul of probabilities and values; guards against rows without any key (IsNaN, Where) are passed."""
-    value = softmax.outputs[0]
-    for _ in range(5):
-        readers = [node for node in value.consumers() if node.op_type != "IsNaN"]
-        if len(readers) != 1:
-            break
-        node = readers[0]
-        if node.op_type == "MatMul" and node.inputs[0] is value:
-            return node
-        if node.op_type not in ("Cast", "Where", "Identity", "Dropout"):
-            break
-        value = node.outputs[0]
-    raise NotCuttable("no product of probabilities and values below the Softmax")
-
-
-def _output(product: ir.Node) -> ir.Value:
-    """The value [B, S, H D] that the heads are joined into."""
-    value = product.outputs[0]
-    for _ in range(6):
-        # Those who ask for the size belong to the reshaping.
-        readers = [node for node in value.consumers() if node.op_type != "Shape"]
-        if len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape", "Cast", "Identity"):
-            break
-        value = readers[0].outputs[0]
-        if readers[0].op_type == "Reshape" and _rank(value) == 3:
-            return value
-    raise NotCuttable("the heads are not joined by Transpose and Reshape")
-
-
-def _absorb_rotary(found: _Attention) -> None:
-    """Takes the rotary embeddings of queries and keys in, when both have the same."""
-    q, k = producer(found.q, "RotaryEmbedding"), producer(found.k, "RotaryEmbedding")
-    if q is None or k is None:
-        return
-    same = all(one is two for one, two in zip(q.inputs[1:], k.inputs[1:], strict=True))
-    if not same or q.inputs[0] is None or k.inputs[0] is None:
-        return
-    found.q, found.k = q.inputs[0], k.inputs[0]
-    found.positions, found.cos, found.sin = q.inputs[1], q.inputs[2], q.inputs[3]
-    attribute = q.attributes.get("interleaved")
-    found.interleaved = 0 if attribute is None else attribute.as_int()
-
-
-def _flat(value: ir.Value, found: _Attention) -> ir.Value:
-    """The [B, S, heads D] value whose heads were split into `value`; else [B, S, heads, D], noted in `unturned`, where
-    something was done per head before the heads were turned forward; else `value` itself."""
-    reshape = producer(value, "Reshape")
-    if reshape is not None and reshape.inputs[0] is not None and _same_sizes(value, reshape.inputs[0]):
-        value = reshape.inputs[0]  # changes nothing (Falcon)
-    norm, turned = _normed_after_turning(value)
-    if norm is not None:
-        found.norms[id(turned)] = norm
-        found.unturned.append(turned)
-        return turned
-    transpose = producer(value, "Transpose")
-    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose.inputs[0]:
-        return value
-    apart = transpose.inputs[0]
-    reshape = producer(apart, "Reshape")
-    if reshape is None or reshape.inputs[0] is None or _rank(reshape.inputs[0]) != 3:
-        found.unturned.append(apart)
-        return apart
-    return reshape.inputs[0]
-
-
-def _normed_after_turning(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
-    """The norm of each head [B, H, S, D] and the [B, S, H, D] it came from; a norm over D may come before the turn."""
-    norm = producer(value, "SimplifiedLayerNormalization", "LayerNormalization")
-    turn = None if norm is None else producer(norm.inputs[0], "Transpose")
-    if norm is None or turn is None or list(turn.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not turn.inputs[0]:
-        return None, value
-    axis = norm.attributes.get("axis")
-    return (norm, turn.inputs[0]) if axis is None or axis.as_int() in (-1, 3) else (None, value)
 
 
 @dataclass
@@ -342,8 +85,8 @@ class _Builder:
     def graph(self) -> ir.Graph:
         return self.fuser.model.graph
 
-    def fuse(self, site: str, found: _Attention) -> None:
-        """Replaces one attention, or raises NotCuttable with the reason why not."""
+    def fuse(self, site: str, found: Attention, **more: str) -> None:
+        """Replaces one attention, or raises NotCuttable with the reason why not; `more` goes to the report."""
         if found.head_size % 8:
             raise NotCuttable(f"the kernel wants a head size that is a multiple of 8, got {found.head_size}")
         if found.mask is None:
@@ -362,13 +105,13 @@ class _Builder:
             if reason is None:
                 self.fuser.insert(self.pending)
                 self.pending = []
-                facts = {"scale": found.scale, "window": local, "softcap": found.softcap}
+                facts = {"scale": found.scale, "window": local, "softcap": found.softcap, **more}
                 self.fuser.replace(site, outputs, news, nodes, **facts)
                 return
             discard(nodes)
         raise NotCuttable(reason or "no form agrees")
 
-    def _mask_input(self, found: _Attention) -> ir.Value:
+    def _mask_input(self, found: Attention) -> ir.Value:
         """The graph input with a 1 for each token that may be seen, shape [B, T]."""
         assert found.mask is not None
         skip = {"input_ids", "position_ids"}
@@ -377,13 +120,13 @@ class _Builder:
         leaves = [
             leaf
             for leaf in region.leaves
-            if leaf.is_graph_input() and _rank(leaf) == 2 and leaf.dtype in integers and leaf.name not in skip
+            if leaf.is_graph_input() and rank(leaf) == 2 and leaf.dtype in integers and leaf.name not in skip
         ]
         if len(leaves) != 1:
             raise NotCuttable("the mask does not come from one input of shape [batch, total]")
         return leaves[0]
 
-    def _window(self, found: _Attention) -> int:
+    def _window(self, found: Attention) -> int:
         """How many tokens a query sees, itself included; -1 for all. Read off the mask of one decode step."""
         assert found.mask is not None
         # The mask is often cut to the length of the keys, so keys may be among its leaves.
@@ -393,7 +136,7 @@ class _Builder:
             self.windows[key] = self._probe(region, found)
         return self.windows[key]
 
-    def _probe(self, region: Region, found: _Attention) -> int:
+    def _probe(self, region: Region, found: Attention) -> int:
         constants = [
             int(value.const_value.numpy().reshape(-1)[0])
             for value in region.constants
@@ -417,7 +160,7 @@ class _Builder:
             raise NotCuttable("the mask is neither causal nor a sliding window")
         return -1 if count == total else count
 
-    def _nodes(self, found: _Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
+    def _nodes(self, found: Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
         """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
         seqlens, total, bias = self._lengths(mask_input)
         before: list[ir.Node] = []
@@ -442,11 +185,11 @@ class _Builder:
         fused = ir.Node("com.microsoft", "GroupQueryAttention", operands, attributes, num_outputs=3, name=name)
         return [*before, fused]
 
-    def _joined(self, found: _Attention, value: ir.Value, width: int, nodes: list[ir.Node]) -> ir.Value:
+    def _joined(self, found: Attention, value: ir.Value, width: int, nodes: list[ir.Node]) -> ir.Value:
         """`value` as [B, S, heads D]; a [B, heads, S, D] value is turned first."""
-        if _rank(value) == 3:
+        if rank(value) == 3:
             return value
-        if _rank(value) != 4:
+        if rank(value) != 4:
             raise NotCuttable(f"{value.name} is of unknown rank")
         apart = value
         norm = found.norms.get(id(value))
@@ -497,7 +240,7 @@ class _Builder:
         if ids is None:
             raise NotCuttable("no input_ids to take the sequence length from")
         dtype = self.fuser.model.graph.inputs[0].dtype
-        dtype = next((one.dtype for one in self.graph.inputs if _rank(one) == 4 and one.dtype is not None), dtype)
+        dtype = next((one.dtype for one in self.graph.inputs if rank(one) == 4 and one.dtype is not None), dtype)
         hidden = made.node("Sub", [made.const(np.array(1, np.float32), "one_float"), floats])
         scaled = made.node("Mul", [hidden, made.const(np.array(_HIDDEN, np.float32), "hidden")])
         if dtype not in (ir.DataType.FLOAT, None):
@@ -540,7 +283,7 @@ class _Chain:
 class _Samples:
     """Sample inputs of an attention region: prompt, decode, chunk, and padding on the left."""
 
-    found: _Attention
+    found: Attention
     mask: ir.Value
     window: int
     seed: int
@@ -576,10 +319,10 @@ class _Samples:
                 elif leaf is self.found.positions or (leaf.is_graph_input() and leaf.name == "position_ids"):
                     positions = positions if self.window_known else np.zeros_like(positions)
                     given[id(leaf)] = positions.astype((leaf.dtype or ir.DataType.INT64).numpy())
-                elif leaf.is_graph_input() and _rank(leaf) == 4:
-                    size = (batch, _static(leaf, 1), past, _static(leaf, 3))
+                elif leaf.is_graph_input() and rank(leaf) == 4:
+                    size = (batch, static(leaf, 1), past, static(leaf, 3))
                     given[id(leaf)] = rng.standard_normal(size).astype((leaf.dtype or ir.DataType.FLOAT).numpy())
-                elif _rank(leaf) == 4 and leaf in (self.found.q, self.found.k, self.found.v):
+                elif rank(leaf) == 4 and leaf in (self.found.q, self.found.k, self.found.v):
                     heads = self.found.num_heads if leaf is self.found.q else self.found.num_kv_heads
                     size = (batch, heads, sequence, self.found.head_size)
                     if leaf in self.found.unturned:
@@ -601,23 +344,3 @@ def _blank_padding(mask: ir.Value) -> Any:
         return array
 
     return valid
-
-
-def _same_sizes(one: ir.Value, two: ir.Value) -> bool:
-    """Whether both shapes are known and equal, symbols included."""
-    if one.shape is None or two.shape is None or len(one.shape) != len(two.shape):
-        return False
-    known = all(isinstance(size, int) or size.value is not None for size in one.shape)
-    return known and list(one.shape) == list(two.shape)
-
-
-def _rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else len(value.shape)
-
-
-def _static(value: ir.Value, axis: int) -> int:
-    """A size that must be known."""
-    size = value.shape[axis] if value.shape is not None and len(value.shape) > axis else None
-    if not isinstance(size, int):
-        raise NotCuttable(f"axis {axis} of {value.name} has no fixed size")
-    return size

@@ -46,7 +46,10 @@ class FuseRotary(Pass):
                 source = _positions(found.cos)
                 cos, sin = caches.get(found.cos, source), caches.get(found.sin, source)
                 positions = source if source.is_graph_input() else _for_batch(fuser, source, batches)
-                attributes = _partial(found)
+                attributes, shapes = _partial(found)
+                before = [value.shape for value, _ in shapes]
+                for value, shape in shapes:  # the samples need them, and later passes
+                    value.shape = shape
             except NotCuttable as finding:
                 report.skip(site, str(finding))
                 continue
@@ -55,13 +58,17 @@ class FuseRotary(Pass):
 
             def feeds(leaves: Sequence[ir.Value], source: ir.Value = source) -> Iterable[list[Array]]:
                 rng = np.random.default_rng(context.seed)
-                rows = 1 if source.shape is not None and source.shape[0] == 1 else 2
-                given = {id(source): rng.integers(0, length, (rows, 3))}
-                yield random_feed(leaves, {"batch": 2, "sequence": 3}, rng, given)
+                # The first positions, any, and few beside many: frequencies that depend on the positions show.
+                for places in ([[0, 1, 2]] * 2, rng.integers(0, length, (2, 3)), [[0, 1, 2], [0, 1, length - 1]]):
+                    rows = np.array(places, np.int64 if source.dtype is None else source.dtype.numpy())
+                    given = {id(source): rows if source.is_graph_input() else rows[-1:]}
+                    yield random_feed(leaves, {"batch": 2, "sequence": 3}, rng, given)
 
             reason = fuser.verdict([found.x, source], [found.output], [new.outputs[0]], feeds)
             if reason is not None:
                 discard([new])
+                for (value, _), old in zip(shapes, before, strict=True):
+                    value.shape = old
                 report.skip(site, reason)
                 continue
             fuser.replace(site, [found.output], [new.outputs[0]], [new])
@@ -106,9 +113,10 @@ def _rotated(value: ir.Value | None) -> ir.Value | None:
     return second.inputs[0]
 
 
-def _partial(found: _Rotary) -> list[ir.Attr]:
-    """Attributes of the operator; where only the first columns of each head are turned, `found` takes the rest in.
+def _partial(found: _Rotary) -> tuple[list[ir.Attr], list[tuple[ir.Value, ir.Shape]]]:
+    """Attributes of the operator, and shapes that were found out on the way.
 
+    Where only the first columns of each head are turned, `found` takes the rest in:
     Slice(x, :r) turned and joined with Slice(x, r:) is one operator on x [B, heads, S, D]; also with r = D and nothing
     left (Phi-3).
 
@@ -119,24 +127,25 @@ def _partial(found: _Rotary) -> list[ir.Attr]:
     cut = producer(found.x, "Slice", "Split")
     join = joins[0] if len(joins) == 1 and joins[0].op_type == "Concat" and len(joins[0].inputs) == 2 else None
     if cut is None or join is None or join.inputs[0] is not found.output or found.output.is_graph_output():
-        return []
+        return [], []
     rest = producer(join.inputs[1], "Slice", "Split")
     whole = cut.inputs[0]
     if rest is None or whole is None or rest.inputs[0] is not whole:
-        return []
+        return [], []
     turned = None if found.cos.shape is None else found.cos.shape[-1]
     heads, width = _heads_and_width(whole)
     if not isinstance(turned, int) or heads is None or width is None:
         raise NotCuttable("a part of each head is turned, and the number or width of heads is unknown")
-    sizes = [0, heads, 0, width]
-    assert whole.shape is not None
-    whole.shape = ir.Shape([sizes[axis] or size for axis, size in enumerate(whole.shape)])  # later passes want it too
     found.x, found.output = whole, join.outputs[0]
-    if found.output.shape is not None:
-        found.output.shape = ir.Shape([sizes[axis] or size for axis, size in enumerate(found.output.shape)])
+    sizes = [0, heads, 0, width]
+    shapes = [
+        (value, ir.Shape([known or size for known, size in zip(sizes, value.shape, strict=True)]))
+        for value in (found.x, found.output)
+        if value.shape is not None and len(value.shape) == len(sizes)
+    ]
     if turned == width:
-        return []
-    return [ir.AttrInt64("num_heads", heads), ir.AttrInt64("rotary_embedding_dim", turned)]
+        return [], shapes
+    return [ir.AttrInt64("num_heads", heads), ir.AttrInt64("rotary_embedding_dim", turned)], shapes
 
 
 def _heads_and_width(value: ir.Value) -> tuple[int | None, int | None]:
@@ -179,8 +188,10 @@ def _positions(cos: ir.Value) -> ir.Value:
     leaves = [leaf for leaf in region.leaves if leaf.is_graph_input()]
     if len(leaves) > 1:
         leaves = [leaf for leaf in leaves if leaf.name == "position_ids"]
-    if len(leaves) == 1 and _is_integer(leaves[0]) and leaves[0].shape is not None and len(leaves[0].shape) == 2:
-        return leaves[0]
+    # Of token ids only the size is asked, where positions are counted.
+    used = [leaf for leaf in leaves if any(leaf in node.inputs for node in region.nodes if node.op_type != "Shape")]
+    if len(used) == 1 and _is_integer(used[0]) and used[0].shape is not None and len(used[0].shape) == 2:
+        return used[0]
     counted: dict[int, ir.Value] = {}
     for node in region.nodes:
         value = node.inputs[0] if node.op_type == "Cast" else None
@@ -201,9 +212,7 @@ def _is_integer(value: ir.Value) -> bool:
 
 
 def _for_batch(fuser: Fuser, positions: ir.Value, made: dict[int, ir.Value]) -> ir.Value:
-    """`positions` [1, S] repeated for each row of the batch, as the operator wants it; [B, S] as it is."""
-    if positions.shape is None or positions.shape[0] != 1:
-        return positions
+    """`positions` [1 or B, S] as [B, S], which the operator wants."""
     if id(positions) not in made:
         graph = fuser.model.graph
         ids = next((one for one in graph.inputs if one.name in ("input_ids", "inputs_embeds")), None)

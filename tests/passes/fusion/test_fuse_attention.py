@@ -139,7 +139,7 @@ def test_a_wrong_fusion_is_refused(
     tiny_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     architecture, mutate = MUTATIONS[name]
-    read = fuse_attention._match
+    read = fuse_attention.read_cached
 
     def wrong(softmax: ir.Node, with_rotary: bool = True) -> Any:
         found = read(softmax, with_rotary)
@@ -148,7 +148,7 @@ def test_a_wrong_fusion_is_refused(
             found.sin = None
         return found
 
-    monkeypatch.setattr(fuse_attention, "_match", wrong)
+    monkeypatch.setattr(fuse_attention, "read_cached", wrong)
     source = source_of(tiny_export, architecture, tmp_path)
     report = fuse(source)
     assert not report.changed

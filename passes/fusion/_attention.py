@@ -1,0 +1,324 @@
+"""Reads attention off a graph: what lies around a Softmax between two products.
+
+Shared by the fusions of attention with a cache and without one.
+
+Axes:    B batch, S sequence, T past + S, H query heads, G key/value heads, D width of a head
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnxpress.compiler.fusing import other, producer, split_scalar
+from onnxpress.compiler.region import SIZE_ARITHMETIC, NotCuttable, sized_number
+
+# Operators that move or repeat data without changing a number.
+_MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
+
+
+@dataclass
+class Attention:
+    """What was read off one attention: operands, cache, parameters."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    past_k: ir.Value
+    past_v: ir.Value
+    present_k: ir.Value
+    present_v: ir.Value
+    output: ir.Value
+    scale: float
+    softcap: float
+    mask: ir.Value | None
+    cos: ir.Value | None = None
+    sin: ir.Value | None = None
+    positions: ir.Value | None = None
+    interleaved: int = 0
+    unturned: list[ir.Value] = field(default_factory=list)  # operands [B, S, heads, D], not yet turned
+    norms: dict[int, ir.Node] = field(default_factory=dict)  # by id of such an operand: the norm over D that follows
+
+    @property
+    def num_heads(self) -> int:
+        """H, from the width of the queries or of what reads the output."""
+        if rank(self.q) == 3:
+            return static(self.q, 2) // self.head_size
+        for node, index in self.output.uses():
+            weight = node.inputs[1] if node.op_type == "MatMul" and index == 0 else None
+            if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
+                return weight.shape[0] // self.head_size
+        return static(self.q, 1)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, from the cache."""
+        return static(self.past_k, 1)
+
+    @property
+    def head_size(self) -> int:
+        """D, from the cache."""
+        return static(self.past_k, 3)
+
+
+def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
+    """Walks from a Softmax to queries, keys, values, cache, mask and output.
+
+    Raises:
+        NotCuttable: the first thing that is not as in attention with a cache.
+    """
+    scores, mask, scale, softcap = read_scores(softmax)
+    q, q_scale = unscaled(scores.inputs[0])
+    keys, k_scale = _to_cache(scores.inputs[1], "keys")
+    product = product_with_values(softmax)
+    values, v_scale = _to_cache(product.inputs[1], "values")
+    if v_scale != 1.0:
+        raise NotCuttable("the values are scaled")
+    found = Attention(
+        q=q,
+        k=keys.new,
+        v=values.new,
+        past_k=keys.past,
+        past_v=values.past,
+        present_k=keys.present,
+        present_v=values.present,
+        output=joined_output(product),
+        scale=scale * q_scale * k_scale,
+        softcap=softcap,
+        mask=mask,
+    )
+    if with_rotary:
+        _absorb_rotary(found)
+    found.q, found.k, found.v = (flat(value, found) for value in (found.q, found.k, found.v))
+    return found
+
+
+def read_scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, float]:
+    """The product of queries and keys above a Softmax, the mask, the scale and the softcap between them."""
+    value, mask, scale, softcap = softmax.inputs[0], None, 1.0, 0.0
+    for _ in range(12):
+        node = producer(value)
+        if node is None:
+            break
+        if node.op_type == "MatMul":
+            return node, mask, scale, softcap
+        if node.op_type == "Cast":
+            value = node.inputs[0]
+        elif node.op_type in ("Add", "Where"):
+            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
+            up = [one for one in operands if _leads_to_product(one)]
+            if len(up) != 1 or mask is not None:
+                raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
+            mask = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
+            value = up[0]
+        elif node.op_type in ("Mul", "Div"):
+            inner, number = factor(node)
+            if inner is None or number is None:
+                raise NotCuttable(f"the scores are multiplied by something that is not one number at {node.name}")
+            tanh = producer(inner, "Tanh")
+            if tanh is not None:
+                softcap = number
+                value = tanh.inputs[0]
+                scale *= softcap  # the division by the cap below the Tanh is not part of the scale
+            else:
+                scale *= number
+                value = inner
+        else:
+            raise NotCuttable(f"{node.op_type} between the scores and the Softmax")
+    raise NotCuttable("no product of queries and keys above the Softmax")
+
+
+def _leads_to_product(value: ir.Value | None) -> bool:
+    for _ in range(10):
+        node = producer(value, "MatMul", "Add", "Where", "Mul", "Div", "Tanh", "Cast")
+        if node is None:
+            return False
+        if node.op_type == "MatMul":
+            return True
+        if node.op_type in ("Add", "Where"):
+            operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
+            return any(_leads_to_product(one) for one in operands)
+        value = factor(node)[0] if node.op_type in ("Mul", "Div") else node.inputs[0]
+    return False
+
+
+def factor(node: ir.Node) -> tuple[ir.Value | None, float | None]:
+    """`split_scalar`, also for a number that is computed from sizes, as 1 / sqrt(head size) often is."""
+    inner, number = split_scalar(node)
+    if number is not None:
+        return inner, number
+    for index in (1, 0):
+        number = sized_number(node.inputs[index])
+        if number and not (node.op_type == "Div" and index == 0):
+            return node.inputs[1 - index], 1.0 / number if node.op_type == "Div" else number
+    return None, None
+
+
+def unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
+    """The value below multiplications with one number, and the product of these numbers."""
+    scale = 1.0
+    while (node := producer(value, "Mul", "Div", "Cast")) is not None:
+        inner, number = (node.inputs[0], 1.0) if node.op_type == "Cast" else factor(node)
+        if inner is None or number is None:
+            break
+        value, scale = inner, scale * number
+    if value is None:
+        raise NotCuttable("no queries")
+    return value, scale
+
+
+@dataclass
+class _Cached:
+    past: ir.Value
+    new: ir.Value
+    present: ir.Value
+
+
+def _to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
+    """Walks from an operand of a product up to the Concat with the cache."""
+    scale = 1.0
+    for _ in range(12):
+        node = producer(value)
+        if node is None:
+            break
+        if node.op_type == "Concat" and len(node.inputs) == 2:
+            past, new = node.inputs
+            if past is None or new is None or not past.is_graph_input():
+                break
+            return _Cached(past, new, node.outputs[0]), scale
+        if node.op_type in _MOVES:
+            value = node.inputs[0]
+        elif node.op_type in ("Mul", "Div"):
+            value, number = factor(node)
+            scale *= number or 0.0
+        else:
+            break
+    raise NotCuttable(f"the {what} meet no cache")
+
+
+def product_with_values(softmax: ir.Node) -> ir.Node:
+    """The MatMul of probabilities and values; guards against rows without any key (IsNaN, Where) are passed."""
+    value = softmax.outputs[0]
+    for _ in range(5):
+        readers = [node for node in value.consumers() if node.op_type != "IsNaN"]
+        if len(readers) != 1:
+            break
+        node = readers[0]
+        if node.op_type == "MatMul" and node.inputs[0] is value:
+            return node
+        if node.op_type not in ("Cast", "Where", "Identity", "Dropout"):
+            break
+        value = node.outputs[0]
+    raise NotCuttable("no product of probabilities and values below the Softmax")
+
+
+def joined_output(product: ir.Node) -> ir.Value:
+    """The value [B, S, H D] that the heads are joined into."""
+    value = product.outputs[0]
+    walked: list[ir.Node] = []
+    sizes: list[ir.Node] = []
+    for _ in range(6):
+        readers = [node for node in value.consumers() if node.op_type != "Shape"]
+        sizes += [node for node in value.consumers() if node.op_type == "Shape"]
+        if len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape", "Cast", "Identity"):
+            break
+        walked.append(readers[0])
+        value = readers[0].outputs[0]
+        if readers[0].op_type == "Reshape" and (
+            rank(value) == 3 or (rank(value) is None and _sizes_asked(walked[-1]) == 3)
+        ):
+            if not all(_ends_in(node, walked) for node in sizes):
+                raise NotCuttable("somebody else asks for the size of the attention's product")
+            return value
+    raise NotCuttable("the heads are not joined by Transpose and Reshape")
+
+
+def _sizes_asked(reshape: ir.Node) -> int | None:
+    """Rank that a Reshape gives, from the length of its second operand."""
+    shape = None if reshape.inputs[1] is None else reshape.inputs[1].shape
+    return shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
+
+
+def _ends_in(node: ir.Node, walked: list[ir.Node]) -> bool:
+    """Whether what is computed from a size is used by the `walked` nodes alone."""
+    queue = [node]
+    for _ in range(40):
+        if not queue:
+            return True
+        above = queue.pop()
+        if any(value.is_graph_output() for value in above.outputs):
+            return False
+        for below in (one for value in above.outputs for one in value.consumers()):
+            if below in walked:
+                continue
+            if below.op_type not in SIZE_ARITHMETIC:
+                return False
+            queue.append(below)
+    return False
+
+
+def _absorb_rotary(found: Attention) -> None:
+    """Takes the rotary embeddings of queries and keys in, when both have the same."""
+    q, k = producer(found.q, "RotaryEmbedding"), producer(found.k, "RotaryEmbedding")
+    if q is None or k is None:
+        return
+    same = all(one is two for one, two in zip(q.inputs[1:], k.inputs[1:], strict=True))
+    if not same or q.inputs[0] is None or k.inputs[0] is None:
+        return
+    found.q, found.k = q.inputs[0], k.inputs[0]
+    found.positions, found.cos, found.sin = q.inputs[1], q.inputs[2], q.inputs[3]
+    attribute = q.attributes.get("interleaved")
+    found.interleaved = 0 if attribute is None else attribute.as_int()
+
+
+def flat(value: ir.Value, found: Attention) -> ir.Value:
+    """The [B, S, heads D] value whose heads were split into `value`; else [B, S, heads, D], noted in `unturned`, where
+    something was done per head before the heads were turned forward; else `value` itself."""
+    reshape = producer(value, "Reshape")
+    if reshape is not None and reshape.inputs[0] is not None and same_sizes(value, reshape.inputs[0]):
+        value = reshape.inputs[0]  # changes nothing (Falcon)
+    norm, turned = _normed_after_turning(value)
+    if norm is not None:
+        found.norms[id(turned)] = norm
+        found.unturned.append(turned)
+        return turned
+    transpose = producer(value, "Transpose")
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose.inputs[0]:
+        return value
+    apart = transpose.inputs[0]
+    reshape = producer(apart, "Reshape")
+    if reshape is None or reshape.inputs[0] is None or rank(reshape.inputs[0]) != 3:
+        found.unturned.append(apart)
+        return apart
+    return reshape.inputs[0]
+
+
+def _normed_after_turning(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """The norm of each head [B, H, S, D] and the [B, S, H, D] it came from; a norm over D may come before the turn."""
+    norm = producer(value, "SimplifiedLayerNormalization", "LayerNormalization")
+    turn = None if norm is None else producer(norm.inputs[0], "Transpose")
+    if norm is None or turn is None or list(turn.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not turn.inputs[0]:
+        return None, value
+    axis = norm.attributes.get("axis")
+    return (norm, turn.inputs[0]) if axis is None or axis.as_int() in (-1, 3) else (None, value)
+
+
+def same_sizes(one: ir.Value, two: ir.Value) -> bool:
+    """Whether both shapes are known and equal, symbols included."""
+    if one.shape is None or two.shape is None or len(one.shape) != len(two.shape):
+        return False
+    known = all(isinstance(size, int) or size.value is not None for size in one.shape)
+    return known and list(one.shape) == list(two.shape)
+
+
+def rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def static(value: ir.Value, axis: int) -> int:
+    """A size that must be known."""
+    size = value.shape[axis] if value.shape is not None and len(value.shape) > axis else None
+    if not isinstance(size, int):
+        raise NotCuttable(f"axis {axis} of {value.name} has no fixed size")
+    return size
