@@ -8,6 +8,7 @@ Everything here goes through the public face of onnxpress; the same steps as com
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -50,8 +51,10 @@ def main() -> int:
     step("5. Speed and memory of both, each in a process of its own")
     before, after = (benchmark(one.directory, prompt_tokens=128, new_tokens=64) for one in (source, small))
     card(source, small, found, before.to_json(), after.to_json())
+    # Installed by `make`, the command is not on the search path.
+    command = shutil.which("onnxpress") or Path(sys.executable).with_name("onnxpress")
     console.print(f"{time.perf_counter() - start:.0f} s in all. The artifact: {small.directory}")
-    console.print(f'Talk to it: onnxpress run {small.directory} "your question"')
+    console.print(f'Talk to it: {command} run {small.directory} "your question"')
     return 0
 
 

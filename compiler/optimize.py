@@ -137,7 +137,7 @@ def export(
     tell: Tell | None = None,
 ) -> Artifact:
     """Makes an ONNX directory of `model` without changing it; see `optimize` for the arguments and errors."""
-    return optimize(model, output=output, passes="", exporter=exporter, opset=opset, measure=False, tell=tell)
+    return optimize(model, output=output, passes=Pipeline(()), exporter=exporter, opset=opset, measure=False, tell=tell)
 
 
 class _Clock:

@@ -135,6 +135,7 @@ def _save_tokenizer(reader: Any, path: Path, out: Path) -> None:
             chat_template=tokenizer.chat_template,
             clean_up_tokenization_spaces=False,
             model_max_length=tokenizer.model_max_length,
+            model_input_names=["input_ids", "attention_mask"],  # no token types: `generate` refuses them
             **special,
         )
     else:

@@ -97,6 +97,7 @@ def save_byte_tokenizer(directory: Path) -> None:
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.save_pretrained(directory)
 

@@ -40,7 +40,10 @@ def find_model(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise BadModelFileError(f"{path}: expected a model directory or an .onnx file, found nothing")
+        raise BadModelFileError(
+            f"{path}: expected a model directory or an .onnx file, found nothing",
+            hint="check the path; checkpoints and zoo names become ONNX by `onnxpress export NAME -o DIR`",
+        )
     if path.is_file():
         return path
     genai = read_json(path / "genai_config.json")

@@ -8,6 +8,7 @@ import typer
 
 from onnxpress.compiler.cli.common import Json, ModelArgument, Quiet, emit, escape, size, table, working
 from onnxpress.compiler.cli.export import Exporter, Opset, Output
+from onnxpress.compiler.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +44,8 @@ def optimize(
     """Run passes over MODEL and write an artifact that ONNX Runtime, onnxruntime-genai and optimum load."""
     from onnxpress.compiler.optimize import optimize as run_optimize
 
+    if passes is not None and not passes.strip():  # an empty variable of a shell script
+        raise OptionError("--passes: expected the name of a pass, got nothing", hint="to change nothing, use `export`")
     with working(quiet=quiet or as_json) as progress:
         artifact = run_optimize(
             model,
@@ -86,7 +89,7 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
             )
         )
     if rows:
-        columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", "KL")
+        columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", "KL added")
         console.print(table(escape(str(card["name"])), columns, rows, left=2))
     for row in card["passes"]:
         for skip in row["skipped"]:

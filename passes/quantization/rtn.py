@@ -360,8 +360,12 @@ class Rtn(Pass):
         for name, changes in self.overrides.items():
             for option, value in changes.items():
                 self.check(option in _OVERRIDABLE, "overrides", f"of the options {', '.join(_OVERRIDABLE)}")
-                allowed = " or ".join(map(str, _OVERRIDABLE[option]))
-                self.check(value in _OVERRIDABLE[option], "overrides", f"{allowed} for {name}, {option}")
+                if value not in _OVERRIDABLE[option]:
+                    allowed = " or ".join(map(str, _OVERRIDABLE[option]))
+                    raise OptionError(
+                        f"rtn: overrides, {name}: {option} must be {allowed}, got {value!r}",
+                        hint="the options of an override are those of rtn, for one role or name",
+                    )
         object.__setattr__(self, "overrides", copy.deepcopy(self.overrides))  # nobody else's dict
         for is_head in (False, True):
             self._check_kernel(self._format([], "", is_head=is_head), "cpu")

@@ -161,6 +161,12 @@ def test_doctor(run: Run) -> None:
 
 
 BAD = [
+    (["optimize", "{source}", "-o", "{out}", "--passes", " "], "expected the name of a pass, got nothing"),
+    (
+        ["optimize", "{source}", "-o", "{out}", "--passes", "rtn(overrides={{'head': {{'scales': 'x'}}}})"],
+        "overrides, head: scales must be max or mse, got 'x'",
+    ),
+    (["eval", "nowhere.onnx"], "onnxpress export"),
     (["optimise"], "did you mean 'optimize'?"),
     (["optimize", "{source}", "-o", "{out}", "--recip", "int4"], "did you mean '--recipe'?"),
     (["optimize", "{source}", "-o", "{out}", "--recipe", "int5"], "did you mean"),
