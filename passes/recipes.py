@@ -7,6 +7,7 @@ from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.canonicalize.trim_logits import TrimLogits
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
+from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
 from onnxpress.passes.fusion.fuse_gelu import FuseGelu
 from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
 from onnxpress.passes.fusion.fuse_rotary import FuseRotary
@@ -29,6 +30,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseRmsnorm(),
         FuseRotary(),
         FuseAttention(),
+        FuseEncoderAttention(),
         FuseSkipNorm(),
         FuseSwiglu(),
         FuseGelu(),

@@ -70,9 +70,9 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
     """
     scores, mask, scale, softcap = read_scores(softmax)
     q, q_scale = unscaled(scores.inputs[0])
-    keys, k_scale = _to_cache(scores.inputs[1], "keys")
+    keys, k_scale = to_cache(scores.inputs[1], "keys")
     product = product_with_values(softmax)
-    values, v_scale = _to_cache(product.inputs[1], "values")
+    values, v_scale = to_cache(product.inputs[1], "values")
     if v_scale != 1.0:
         raise NotCuttable("the values are scaled")
     found = Attention(
@@ -175,7 +175,7 @@ class _Cached:
     present: ir.Value
 
 
-def _to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
+def to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
     """Walks from an operand of a product up to the Concat with the cache."""
     scale = 1.0
     for _ in range(12):

@@ -50,6 +50,8 @@ class FuseAttention(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
+        if not any(_joins_cache(node) for node in model.graph):
+            return report  # an encoder, or no attention at all
         builder = _Builder(Fuser(model, report, context.seed), context, self.padding == "any")
         for node in list(model.graph):
             if node.op_type != "Softmax":
@@ -68,6 +70,12 @@ class FuseAttention(Pass):
         discard(builder.pending)
         builder.fuser.finish()
         return report
+
+
+def _joins_cache(node: ir.Node) -> bool:
+    """Whether new keys or values are appended to a graph input [B, G, past, D]."""
+    past = node.inputs[0] if node.op_type == "Concat" and len(node.inputs) == 2 else None
+    return past is not None and past.is_graph_input() and rank(past) == 4
 
 
 @dataclass

@@ -30,7 +30,7 @@ def architectures(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0]["differences"]) if rows else []
+    names = list(max((row["differences"] for row in rows), key=len)) if rows else []
     lines = [
         f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(names)} |",
         "|" + "---|" * (5 + len(names)),
@@ -38,7 +38,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda one: (one["exporter"] != "optimum", one["model"])):
         fused = ", ".join(f"{name} {count:.3g}" for name, count in row["operators"].items())
         stray = ", ".join(f"{name} {count}" for name, count in row["stray"].items()) or "none"
-        differences = " | ".join(f"{value:.0e}" for value in row["differences"].values())
+        found = row["differences"]
+        differences = " | ".join(f"{found[name]:.0e}" if name in found else "" for name in names)
         nodes = f"{row['nodes'][0]:,} to {row['nodes'][1]}"
         lines.append(f"| {row['model']} | {row['exporter']} | {nodes} | {fused} | {stray} | {differences} |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""Every encoder: one attention operator per layer, and the outputs that torch gives, padding included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import graphs
+import numpy as np
+import pytest
+
+from onnxpress import models
+from onnxpress.compiler import pipeline
+from onnxpress.compiler.optimize import optimize
+from onnxpress.compiler.pass_ import Context
+from onnxpress.models.tiny import tiny
+
+LAYERS, HIDDEN = 3, 128
+ENCODERS = ["bert", "distilbert", "modernbert", "roberta", "vit"]
+TOLERANCE = 1e-5  # of the largest output
+
+Export = Callable[..., Path]
+
+
+def inputs_of(architecture: str, batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    if architecture == "vit":
+        return {"pixel_values": rng.standard_normal((batch, 3, 32, 32)).astype(np.float32)}
+    ids = rng.integers(3, 200, (batch, 24))  # longer than the local window of ModernBERT
+    mask = np.ones_like(ids)
+    if batch > 1:
+        ids[-1, 17:] = 0
+        mask[-1, 17:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def torch_output(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return np.asarray(model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits)
+
+
+@pytest.mark.parametrize("architecture", ENCODERS)
+def test_encoder(
+    big_tiny_export: Export, tmp_path: Path, architecture: str, architectures: list[dict[str, Any]]
+) -> None:
+    source = models.load(big_tiny_export(architecture, "optimum"), work_dir=tmp_path)
+    before = len(source.model.graph)
+    done = pipeline.run(source.model, pipeline.parse("fp32"), Context(config=source.config))
+    reasons = [reason for _, report in done for reason in report.reasons()]
+    ops = Counter(node.op_type for node in source.model.graph)
+    differences = {}
+    model = tiny(architecture, num_layers=LAYERS, hidden_size=HIDDEN)
+    for name, batch in (("prompt, past 0", 1), ("batch 2, padded", 2)):
+        inputs = inputs_of(architecture, batch)
+        given = {
+            one.name: np.zeros_like(inputs["input_ids"]) for one in source.model.graph.inputs if "type" in one.name
+        }
+        want, got = torch_output(model, inputs), graphs.run(source.model, inputs | given)["logits"]
+        seen = inputs["attention_mask"][:, :, None] if "attention_mask" in inputs else 1
+        differences[name] = float(np.abs((want - got) * seen).max() / np.abs(want).max())
+    fused = ("MultiHeadAttention", "LayerNormalization", "SkipLayerNormalization", "Gelu", "RotaryEmbedding")
+    architectures.append(
+        {
+            "model": architecture,
+            "exporter": "optimum",
+            "nodes": (before, len(source.model.graph)),
+            "operators": {name: ops[name] / LAYERS for name in fused if ops[name]},
+            "stray": Counter(),
+            "differences": differences,
+        }
+    )
+    assert (ops["MultiHeadAttention"], ops["Softmax"]) == (LAYERS, 0), reasons
+    assert all(difference <= TOLERANCE for difference in differences.values()), differences
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4", 0.97)])
+def test_quantized_encoders_stay_near(big_tiny_export: Export, tmp_path: Path, recipe: str, least: float) -> None:
+    artifact = optimize(big_tiny_export("bert", "optimum"), output=tmp_path / recipe, recipe=recipe)
+    assert artifact.report["quality"]["kl"] > 0
+    assert artifact.report["operators"]["com.microsoft.MultiHeadAttention"] == LAYERS
+    inputs = inputs_of("bert", 1)
+    want = torch_output(tiny("bert", num_layers=LAYERS, hidden_size=HIDDEN), inputs)
+    model = models.load(artifact.directory, work_dir=tmp_path).model
+    got = graphs.run(model, inputs | {"token_type_ids": np.zeros_like(inputs["input_ids"])})["logits"]
+    assert (want * got).sum() / np.sqrt((want**2).sum() * (got**2).sum()) >= least

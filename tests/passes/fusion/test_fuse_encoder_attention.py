@@ -1,0 +1,62 @@
+"""FuseEncoderAttention: what naive rules drop is refused, and decoders are left to the other fusion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from onnxpress import models
+from onnxpress.compiler import pipeline
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.fusion import fuse_encoder_attention
+from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
+
+Export = Callable[..., Path]
+MUTATIONS: dict[str, Callable[[Any], None]] = {
+    "scale dropped": lambda found: setattr(found, "scale", found.scale * 1.5),
+    "mask dropped": lambda found: setattr(found, "mask", None),
+    "operands swapped": lambda found: (lambda q: (setattr(found, "q", found.k), setattr(found, "k", q)))(found.q),
+    "fewer heads": lambda found: (setattr(found, "num_heads", 2), setattr(found, "head_size", found.head_size * 2)),
+}
+
+
+def encoder(export: Export, architecture: str, tmp_path: Path) -> ir.Model:
+    source = models.load(export(architecture), work_dir=tmp_path)
+    pipeline.run(source.model, pipeline.parse("simplify"), Context(config=source.config))
+    return source.model
+
+
+def test_every_layer(tiny_export: Export, tmp_path: Path) -> None:
+    model = encoder(tiny_export, "bert", tmp_path)
+    assert len(FuseEncoderAttention().run(model, Context()).changed) == 2
+    assert Counter(node.op_type for node in model.graph)["MultiHeadAttention"] == 2
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_fusion_is_refused(
+    tiny_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    read = fuse_encoder_attention._read
+
+    def wrong(softmax: ir.Node) -> Any:
+        found = read(softmax)
+        MUTATIONS[name](found)
+        return found
+
+    monkeypatch.setattr(fuse_encoder_attention, "_read", wrong)
+    model = encoder(tiny_export, "bert", tmp_path)
+    report = FuseEncoderAttention().run(model, Context())
+    assert not report.changed
+    assert len(report.skipped) == 2
+
+
+def test_attention_with_a_cache_is_not_its_business(tiny_export: Export, tmp_path: Path) -> None:
+    model = encoder(tiny_export, "llama", tmp_path)
+    report = FuseEncoderAttention().run(model, Context())
+    assert not report.changed
+    assert all("cache" in reason for reason in report.reasons())
