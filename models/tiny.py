@@ -236,6 +236,9 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "phi4": _decoder("Phi3", partial_rotary_factor=0.5),
     "qwen2": _decoder("Qwen2"),
     "qwen3": _decoder("Qwen3"),
+    "qwen3_moe": _decoder(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1
+    ),
     "resnet": _resnet,
     "roberta": _renamed("Roberta", "ForMaskedLM", {}),
     "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0], use_sliding_window=False),
