@@ -20,7 +20,8 @@ from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
-from onnxpress.compiler.errors import CalibrationError, OptionError
+from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
+from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
@@ -52,6 +53,7 @@ def optimize(
     verify: bool = False,
     measure: bool = True,
     seed: int = 0,
+    strict: bool = False,
     exporter: str = "optimum",
     opset: int = 18,
     track: Tracker | None = None,
@@ -70,6 +72,7 @@ def optimize(
         calibration: text file for passes that look at activations; the loss is measured on it too.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
+        strict: refuse a decoder of which a layer's attention stays unfused though the pipeline fuses attention.
         seed: of everything random; the same seed gives the same bytes.
         exporter: "optimum" or "dynamo", for checkpoints.
         opset: of `ai.onnx`, for checkpoints.
@@ -108,6 +111,7 @@ def optimize(
             ending.callback(meter.close)
         with clock.timed("passes"):
             done = pipelines.run(source.model, pipeline, context, watching)
+        warnings = _warnings(source.model, pipeline, strict)
         tell("writing the artifact")
         with clock.timed("write"):
             path = write_graph(source.model, stage.path, pipeline=str(pipeline), max_in_flight_bytes=_SAVING_MEMORY)
@@ -122,6 +126,7 @@ def optimize(
         card["quality"] = meter.quality if meter is not None else {"not_measured": why}
         if verifier is not None:
             card["verified"] = verifier.results
+        card["warnings"] = warnings
         card["seconds"] = clock.seconds
         card["peak_memory_bytes"] = cards.peak_memory_bytes()
         write_card(card, stage.path)
@@ -215,6 +220,23 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
         sample_tokens, source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
     )
     return LossMeter(passes, stage.work, sample=sample, split=verify)
+
+
+def _warnings(model: ir.Model, pipeline: Pipeline, strict: bool) -> list[str]:
+    """What the user should know about a graph that is about to be written.
+
+    Raises:
+        UnsupportedModelError: there is something, and `strict`.
+    """
+    count = unfused_layers(model)
+    if not count or not any(one.name() == "fuse_attention" for one in pipeline):
+        return []
+    warning = f"the attention of {count} layers was not fused"
+    if strict:
+        raise UnsupportedModelError(
+            warning, hint="`onnxpress explain-fusion` says why; without `strict` it is a warning"
+        )
+    return [warning]
 
 
 def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:

@@ -17,7 +17,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from onnxpress.compiler.cli import bench, doctor, evaluate, explain, export, inspect, optimize, passes, recipes, run
+from onnxpress.compiler.cli import (
+    bench,
+    doctor,
+    evaluate,
+    explain,
+    explain_fusion,
+    export,
+    inspect,
+    optimize,
+    passes,
+    recipes,
+    run,
+)
 from onnxpress.compiler.errors import OnnxpressError, near_miss
 
 __all__ = ["app", "entry", "main"]
@@ -43,6 +55,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "run": run.run,
     "passes": passes.passes,
     "explain": explain.explain,
+    "explain-fusion": explain_fusion.explain_fusion,
     "recipes": recipes.recipes,
     "doctor": doctor.doctor,
 }

@@ -35,6 +35,7 @@ def optimize(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure what lossy passes cost, in KL divergence.")
     ] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when attention stays unfused.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     exporter: Exporter = "optimum",
     opset: Opset = 18,
@@ -57,6 +58,7 @@ def optimize(
             verify=verify,
             measure=measure,
             seed=seed,
+            strict=strict,
             exporter=exporter,
             opset=opset,
             track=progress.track,
@@ -94,6 +96,8 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
     for row in card["passes"]:
         for skip in row["skipped"]:
             console.print(f"{escape(row['pass'])} skipped {skip['count']}: {escape(skip['reason'])}")
+    for warning in card.get("warnings", ()):
+        console.print(f"warning: {escape(warning)}; `onnxpress explain-fusion` says why")
     before, after = card["size"]["bytes_before"], card["size"]["bytes_after"]
     nodes = f"{card['size']['nodes_before']:,} -> {card['size']['nodes_after']:,} nodes"
     console.print(f"{size(before)} -> {size(after)} of weights, {nodes}")
