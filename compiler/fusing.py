@@ -173,9 +173,12 @@ def split_scalar(node: ir.Node) -> tuple[ir.Value | None, float | None]:
 
 
 def constant(graph: ir.Graph, array: npt.NDArray[Any], name: str) -> ir.Value:
-    """The initializer `name` holding `array`; made on first use, so the name must tell the content."""
-    if name in graph.initializers:
-        return graph.initializers[name]
+    """The initializer `name` holding `array`, made on first use; under another name where that one is taken."""
+    while (there := graph.initializers.get(name)) is not None:
+        held = None if there.const_value is None else there.const_value.numpy()
+        if held is not None and held.dtype == array.dtype and np.array_equal(held, array):
+            return there
+        name += "_"
     tensor = ir.Tensor(array, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)

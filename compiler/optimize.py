@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards

@@ -8,6 +8,7 @@ regions of other layers are recognised by their signature and not run again.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -296,8 +297,8 @@ SIZE_ARITHMETIC = (
     *("Sqrt", "Div", "Mul", "Pow", "Reciprocal", "Cast"),
     *("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Concat"),
 )
-# Unknown sizes are given these values in turn: one number for all of them does not depend on any.
-_TRIED_SIZES = (2, 3, 31)
+# Unknown sizes are given such values in turn: one number for all of them does not depend on any.
+_SMALL, _LARGE = (2, 3), 4099
 
 
 def sized_number(value: ir.Value | None) -> float | None:
@@ -326,19 +327,26 @@ def sized_number(value: ir.Value | None) -> float | None:
         model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
         for leaf in model.graph.inputs:  # only asked for its size: of a type that numpy knows
             leaf.dtype = ir.DataType.FLOAT
-        results = {_of_sizes(model, region.leaves, unknown) for unknown in _TRIED_SIZES}
+        results = {_of_sizes(model, region.leaves, small) for small in _SMALL}
+        axes = max(len(leaf.shape or ()) for leaf in region.leaves)
+        results |= {_of_sizes(model, region.leaves, _SMALL[0], large) for large in range(axes)}
     except NotCuttable:
         return None
-    return results.pop() if len(results) == 1 else None
+    number = results.pop() if len(results) == 1 else None
+    return number if number is not None and math.isfinite(number) else None
 
 
-def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], unknown: int) -> float | None:
-    """The single number `model` gives for inputs of the leaves' shapes; None when it is more than one, or none."""
+def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], small: int, large_axis: int = -1) -> float | None:
+    """The single number `model` gives for inputs of the leaves' shapes; None when it is more than one, or none.
+
+    Unknown sizes are `small` plus their axis, and `_LARGE` at `large_axis`.
+    """
     feeds = []
     for leaf in leaves:
         if leaf.shape is None:
             raise NotCuttable(f"shape of {leaf.name} is unknown")
-        sizes = [size if isinstance(size, int) else unknown + axis for axis, size in enumerate(leaf.shape)]
+        tried = [_LARGE if axis == large_axis else small + axis for axis in range(len(leaf.shape))]
+        sizes = [size if isinstance(size, int) else one for size, one in zip(leaf.shape, tried, strict=True)]
         feeds.append(np.zeros(sizes, np.float32))
     try:
         (result,) = run(model, feeds)

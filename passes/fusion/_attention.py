@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import other, producer, split_scalar
+from onnxpress.compiler.fusing import other, producer, scalar, split_scalar
 from onnxpress.compiler.region import SIZE_ARITHMETIC, NotCuttable, sized_number
 
 # Operators that move or repeat data without changing a number.
@@ -197,16 +197,29 @@ def to_cache(value: ir.Value | None, what: str) -> tuple[_Cached, float]:
     raise NotCuttable(f"the {what} meet no cache")
 
 
-def product_with_values(softmax: ir.Node) -> ir.Node:
-    """The MatMul of probabilities and values; guards against rows without any key (IsNaN, Where) are passed."""
+def _is_guard(where: ir.Node, value: ir.Value) -> bool:
+    """Whether `where` is Where(IsNaN(value), 0, value)."""
+    test = producer(where.inputs[0], "IsNaN")
+    return test is not None and test.inputs[0] is value and scalar(where.inputs[1]) == 0 and where.inputs[2] is value
+
+
+def product_with_values(softmax: ir.Node, is_guard_passed: bool = True) -> ir.Node:
+    """The MatMul of probabilities and values.
+
+    Where(IsNaN(p), 0, p), the guard for rows without any key, is passed when `is_guard_passed`.
+    """
     value = softmax.outputs[0]
     for _ in range(5):
+        if value.is_graph_output():
+            raise NotCuttable("the probabilities are an output of the graph")
         readers = [node for node in value.consumers() if node.op_type != "IsNaN"]
         if len(readers) != 1:
             break
         node = readers[0]
         if node.op_type == "MatMul" and node.inputs[0] is value:
             return node
+        if node.op_type == "Where" and not (is_guard_passed and _is_guard(node, value)):
+            raise NotCuttable("some probabilities are replaced")
         if node.op_type not in ("Cast", "Where", "Identity", "Dropout"):
             break
         value = node.outputs[0]
@@ -219,6 +232,8 @@ def joined_output(product: ir.Node) -> ir.Value:
     walked: list[ir.Node] = []
     sizes: list[ir.Node] = []
     for _ in range(6):
+        if value.is_graph_output():
+            raise NotCuttable("the product with the values is an output of the graph")
         readers = [node for node in value.consumers() if node.op_type != "Shape"]
         sizes += [node for node in value.consumers() if node.op_type == "Shape"]
         if len(readers) != 1 or readers[0].op_type not in ("Transpose", "Reshape", "Cast", "Identity"):

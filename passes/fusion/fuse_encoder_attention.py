@@ -39,12 +39,13 @@ class FuseEncoderAttention(Pass):
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         fuser = Fuser(model, report, context.seed)
+        biases: dict[int, ir.Value] = {}  # by id of the mask
         for node in list(model.graph):
             if node.op_type != "Softmax":
                 continue
             site = node.name or node.outputs[0].name or "attention"
             try:
-                _fuse(fuser, site, _read(node))
+                _fuse(fuser, site, _read(node), biases)
             except NotCuttable as reason:
                 report.skip(site, str(reason))
         fuser.finish()
@@ -91,13 +92,13 @@ def _read(softmax: ir.Node) -> _Attention:
     if axis is not None and axis.as_int() not in (-1, 3):
         raise NotCuttable("the Softmax is not over the keys")
     scores, mask, scale, softcap = read_scores(softmax)
+    if _has_cache(scores.inputs[1]):
+        raise NotCuttable("the keys meet a cache, which `fuse_attention` is for")
     if softcap:
         raise NotCuttable("the operator has no soft cap")
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         raise NotCuttable("the mask selects scores instead of being added to them")
-    product = product_with_values(softmax)
-    if _has_cache(scores.inputs[1]):
-        raise NotCuttable("the keys meet a cache, which `fuse_attention` is for")
+    product = product_with_values(softmax, is_guard_passed=False)
     q, k = _operand(scores.inputs[0], []), _operand(scores.inputs[1], [0, 1, 3, 2])
     v = _operand(product.inputs[1], [])
     if v.scale != 1.0:
@@ -142,37 +143,40 @@ def _joined_before(apart: ir.Value, scale: float) -> _Operand:
     return _Operand(apart, scale, is_apart=True)
 
 
-def _fuse(fuser: Fuser, site: str, found: _Attention) -> None:
+def _fuse(fuser: Fuser, site: str, found: _Attention, biases: dict[int, ir.Value]) -> None:
     """Replaces one attention, or raises NotCuttable with the reason why not."""
     operands = [found.q.value, found.k.value, found.v.value]
     inputs = [*operands, *([found.mask] if found.mask is not None else [])]
 
     def feeds(leaves: Sequence[ir.Value]) -> Iterable[list[Array]]:
         rng = np.random.default_rng(fuser.seed)
-        for batch, tokens in ((2, 3), (1, 5)):
+        for batch, tokens, axis in ((2, 3, None), (1, 5, None), (2, 4, 2), (2, 4, 0)):
             given = {}
             if found.mask is not None:
                 usual = (batch, 1, tokens, tokens)
                 if found.mask.shape is None or len(found.mask.shape) != len(usual):
                     raise NotCuttable("the mask is not of rank 4")
-                sizes = [one if isinstance(one, int) else two for one, two in zip(found.mask.shape, usual, strict=True)]
+                known = found.mask.shape
+                sizes = [one if isinstance(one, int) else two for one, two in zip(known, usual, strict=True)]
+                if axis is not None and not isinstance(found.mask.shape[axis], int):
+                    sizes[axis] = 1  # of an unknown size that is 1, all rows or queries get the same
                 dtype = (found.mask.dtype or ir.DataType.FLOAT).numpy()
-                given[id(found.mask)] = (3 * rng.standard_normal(sizes)).astype(dtype)
+                mask = (3 * rng.standard_normal(sizes)).astype(dtype)
+                mask[..., -1] = np.finfo(dtype).min  # the last key is hidden
+                given[id(found.mask)] = mask
             yield random_feed(leaves, {"batch": batch, "sequence": tokens}, rng, given)
 
-    reason = None
-    # A mask [B, 1, 1, S] is the same for all queries; the operator wants it written out.
-    for is_expanded in (False, True) if found.mask is not None else (False,):
-        nodes = _nodes(fuser.model.graph, found, is_expanded)
-        reason = fuser.verdict(inputs, [found.output], [nodes[-1].outputs[0]], feeds)
-        if reason is None:
-            fuser.replace(site, [found.output], [nodes[-1].outputs[0]], nodes, scale=found.scale)
-            return
+    nodes = _nodes(fuser.model.graph, found, biases)
+    reason = fuser.verdict(inputs, [found.output], [nodes[-1].outputs[0]], feeds)
+    if reason is not None:
+        if any(node.op_type == "Expand" for node in nodes):
+            del biases[id(found.mask)]
         discard(nodes)
-    raise NotCuttable(reason or "no form agrees")
+        raise NotCuttable(reason)
+    fuser.replace(site, [found.output], [nodes[-1].outputs[0]], nodes, scale=found.scale)
 
 
-def _nodes(graph: ir.Graph, found: _Attention, is_expanded: bool) -> list[ir.Node]:
+def _nodes(graph: ir.Graph, found: _Attention, biases: dict[int, ir.Value]) -> list[ir.Node]:
     """The fused operator, preceded by what brings its operands into form."""
     nodes: list[ir.Node] = []
     name = found.output.name or "attention"
@@ -191,19 +195,22 @@ def _nodes(graph: ir.Graph, found: _Attention, is_expanded: bool) -> list[ir.Nod
         if not operand.is_apart:
             value = add("Transpose", [value], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
         width = found.num_heads * found.head_size
-        value = add("Reshape", [value, constant(graph, np.array([0, 0, width], np.int64), f"join_heads_{width}")])
+        value = add(
+            "Reshape", [value, constant(graph, np.array([0, 0, width], np.int64), f"attention/join_heads_{width}")]
+        )
         value.shape = ir.Shape([None, None, width])
         return value
 
     q, k, v = flat(found.q), flat(found.k), flat(found.v)
-    bias = found.mask
-    if bias is not None and is_expanded:
-        size = add("Shape", [q], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
-        ones, one = (constant(graph, np.ones(count, np.int64), f"ones_{count}") for count in (2, 1))
-        shape = add("Concat", [ones, size, one], [ir.AttrInt64("axis", 0)])
-        for value in (size, shape):
-            value.type = ir.TensorType(ir.DataType.INT64)
-        bias = add("Expand", [bias, shape])
+    bias = found.mask if found.mask is None else biases.get(id(found.mask))
+    if found.mask is not None and bias is None:
+        # Often the same for all queries, [B, 1, 1, S]; the operator wants it written out. Once for all layers.
+        index, ones = (constant(graph, np.ones(count, np.int64), f"attention/ones_{count}") for count in (1, 2))
+        sizes = [add("Gather", [add("Shape", [value]), index], [ir.AttrInt64("axis", 0)]) for value in (q, k)]
+        shape = add("Concat", [ones, *sizes], [ir.AttrInt64("axis", 0)])
+        for node in nodes[-5:]:
+            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        bias = biases[id(found.mask)] = add("Expand", [found.mask, shape])
     attributes = [ir.AttrInt64("num_heads", found.num_heads), ir.AttrFloat32("scale", found.scale)]
     operands = [q, k, v, None, None, bias]
     while operands[-1] is None:

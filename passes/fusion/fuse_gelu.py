@@ -64,6 +64,8 @@ def _candidates(anchor: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
                 region = Region([x], [output])
             except NotCuttable:
                 continue
+            if any(value.const_value is None or value.const_value.size != 1 for value in region.constants):
+                continue  # GELU has numbers only; the verdict on one vector would be taken for that on the next
             if (
                 region.leaves == [x]
                 and anchor in region.nodes

@@ -61,7 +61,8 @@ class FuseRotary(Pass):
                 # The first positions, any, and few beside many: frequencies that depend on the positions show.
                 for places in ([[0, 1, 2]] * 2, rng.integers(0, length, (2, 3)), [[0, 1, 2], [0, 1, length - 1]]):
                     rows = np.array(places, np.int64 if source.dtype is None else source.dtype.numpy())
-                    given = {id(source): rows if source.is_graph_input() else rows[-1:]}
+                    is_row = not source.is_graph_input() or (source.shape is not None and source.shape[0] == 1)
+                    given = {id(source): rows[-1:] if is_row else rows}
                     yield random_feed(leaves, {"batch": 2, "sequence": 3}, rng, given)
 
             reason = fuser.verdict([found.x, source], [found.output], [new.outputs[0]], feeds)
@@ -219,15 +220,16 @@ def _for_batch(fuser: Fuser, positions: ir.Value, made: dict[int, ir.Value]) -> 
         if ids is None:
             raise NotCuttable("no input_ids to take the batch size from")
         name = f"rotary/{(positions.name or 'positions').strip('/')}"
-        size = ir.Node("", "Shape", [ids], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)], name=f"{name}/batch")
-        one = constant(graph, np.array([1], np.int64), "rotary/one")
+        sizes = ir.Node("", "Shape", [ids], name=f"{name}/sizes")
+        zero, one = (constant(graph, np.array([n], np.int64), f"rotary/{n}") for n in (0, 1))
+        size = ir.Node("", "Gather", [sizes.outputs[0], zero], [ir.AttrInt64("axis", 0)], name=f"{name}/batch")
         shape = ir.Node("", "Concat", [size.outputs[0], one], [ir.AttrInt64("axis", 0)], name=f"{name}/shape")
         rows = ir.Node("", "Expand", [positions, shape.outputs[0]], name=f"{name}/rows")
-        for node in (size, shape, rows):
+        for node in (sizes, size, shape, rows):
             node.outputs[0].name = f"{node.name}.out"
             node.outputs[0].dtype = ir.DataType.INT64
         rows.outputs[0].type, rows.outputs[0].shape = positions.type, ir.Shape([None, None])
-        fuser.insert([size, shape, rows])
+        fuser.insert([sizes, size, shape, rows])
         made[id(positions)] = rows.outputs[0]
     return made[id(positions)]
 

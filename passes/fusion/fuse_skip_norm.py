@@ -44,6 +44,13 @@ class FuseSkipNorm(Pass):
             if left.shape is None or right.shape is None or len(left.shape) != 3 or len(right.shape) != 3:
                 report.skip(site, "the operands are not both of rank 3")
                 continue
+            left, right = (right, left) if 1 in list(left.shape) else (left, right)  # the first gives the shape
+            if not _may_be_equal(left, right):
+                report.skip(site, "the operands differ in size")
+                continue
+            if any(value.uses() for value in norm.outputs[1:]):
+                report.skip(site, "mean or deviation are read")
+                continue
             new = _build(norm, left, right)
             outputs = [norm.outputs[0], add.outputs[0]]
             reason = fuser.verdict([left, right], outputs, [new.outputs[0], new.outputs[3]])
@@ -60,6 +67,17 @@ class FuseSkipNorm(Pass):
                 fuser.replace(site, outputs[:1], [new.outputs[0]], [new])
         fuser.finish()
         return report
+
+
+def _may_be_equal(one: ir.Value, two: ir.Value) -> bool:
+    """Whether no size is known to differ; names that inference made up (unk__3) say nothing."""
+    assert one.shape is not None
+    assert two.shape is not None
+    for left, right in zip(one.shape, two.shape, strict=True):
+        names = [size if isinstance(size, int) else size.value for size in (left, right)]
+        if all(name is not None and not str(name).startswith("unk__") for name in names) and names[0] != names[1]:
+            return False
+    return True
 
 
 def _build(norm: ir.Node, left: ir.Value, right: ir.Value, with_sum: bool = True) -> ir.Node:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -59,4 +60,41 @@ def test_attention_with_a_cache_is_not_its_business(tiny_export: Export, tmp_pat
     model = encoder(tiny_export, "llama", tmp_path)
     report = FuseEncoderAttention().run(model, Context())
     assert not report.changed
-    assert all("cache" in reason for reason in report.reasons())
+    assert [skip.reason for skip in report.skipped] == ["the keys meet a cache, which `fuse_attention` is for"] * 2
+
+
+def test_replaced_probabilities_are_not_dropped(tiny_export: Export, tmp_path: Path) -> None:
+    model = encoder(tiny_export, "bert", tmp_path)
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    zero = ir.val("zero", const_value=ir.tensor(np.zeros(1, np.float32), name="zero"))
+    model.graph.register_initializer(zero)
+    drop = ir.val("drop", ir.DataType.BOOL, [1])
+    model.graph.inputs.append(drop)
+    where = ir.Node("", "Where", [drop, zero, softmax.outputs[0]], name="where")
+    where.outputs[0].name = "dropped"
+    for node, index in list(softmax.outputs[0].uses()):
+        if node is not where:
+            node.replace_input_with(index, where.outputs[0])
+    model.graph.insert_after(softmax, where)
+    report = FuseEncoderAttention().run(model, Context())
+    assert report.reasons() == {"some probabilities are replaced": 1}
+
+
+def test_probabilities_that_are_an_output_stay(tiny_export: Export, tmp_path: Path) -> None:
+    model = encoder(tiny_export, "bert", tmp_path)
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    model.graph.outputs.append(softmax.outputs[0])
+    assert FuseEncoderAttention().run(model, Context()).reasons() == {"the probabilities are an output of the graph": 1}
+
+
+def test_names_of_the_graph_are_not_taken(tiny_export: Export, tmp_path: Path) -> None:
+    model = encoder(tiny_export, "bert", tmp_path)
+    name = "attention/ones_1"
+    other = ir.val(name, const_value=ir.tensor(np.array([7], np.int64), name=name))
+    model.graph.register_initializer(other)
+    assert len(FuseEncoderAttention().run(model, Context()).changed) == 2
+    held = [model.graph.initializers.get(one) for one in (name, f"{name}_")]
+    assert held[0] in (other, None)
+    assert held[1] is not None
+    assert held[1].const_value is not None
+    assert held[1].const_value.numpy().tolist() == [1]

@@ -8,6 +8,7 @@ import check
 import graphs
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
@@ -67,3 +68,22 @@ def test_layer_norm_with_its_bias() -> None:
     before = graphs.run(model)
     assert fuse(model)["SkipLayerNormalization"] == 1
     check.close(before["logits"], graphs.run(model)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "reason"),
+    [
+        (["batch", "sequence", 32], ["other", "sequence", 32], "the operands differ in size"),
+        (["batch", 1, 32], ["batch", "sequence", 32], "the operands differ in size"),
+        (["batch", "sequence", 32], ["unk__1", "unk__2", 32], None),
+    ],
+)
+def test_operands_of_different_sizes_stay(left: list[object], right: list[object], reason: str | None) -> None:
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    y = builder.step("linear", x, x)
+    x.shape, y.shape = ir.Shape(left), ir.Shape(right)
+    last = builder.op("LayerNormalization", builder.op("Add", x, y, width=32), builder.weight(32), width=32)
+    report = FuseSkipNorm().run(builder.finish(last, False, table), Context())
+    assert [skip.reason for skip in report.skipped] == ([] if reason is None else [reason])
