@@ -8,9 +8,11 @@ gives all of it back when it ends, keeps their noise away from the terminal, and
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from onnxpress.compiler.errors import OnnxpressError, UserError
 logger = logging.getLogger(__name__)
 
 _RESULT, _LOG = "result.json", "export.log"
+_NO_ROOM = 1 << 20  # bytes of free space below which a failed export is taken to have lacked room
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def run(job: Job, *, isolate: bool | None = None) -> dict[str, Any]:
 
     Raises:
         UserError: whatever `exporters.perform` found wrong with the model, or the child was killed.
+        OSError: the disk is full.
     """
     if isolate is None:
         isolate = "torch" not in sys.modules
@@ -84,14 +88,22 @@ def run(job: Job, *, isolate: bool | None = None) -> dict[str, Any]:
                 child.stdin.close()
     said = (out / _LOG).read_text(encoding="utf-8", errors="replace").strip()
     logger.debug("export of %s said:\n%s", job.source, said)
-    if code or not (out / _RESULT).is_file():
+    has_result = not code and (out / _RESULT).is_file()
+    result = json.loads((out / _RESULT).read_text(encoding="utf-8")) if has_result else {}
+    if "facts" not in result and _is_full(out, f"{said} {result.get('error')}"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+    if not has_result:
         raise _died(job, code, said)
-    result = json.loads((out / _RESULT).read_text(encoding="utf-8"))
     for name in (_RESULT, _LOG):
         (out / name).unlink()
     if failure := result.get("error"):
         raise _error(failure)
     return cast("dict[str, Any]", result["facts"])
+
+
+def _is_full(out: Path, words: str) -> bool:
+    """Whether a failed export ran out of disk space: it says so, or there was no room to say it."""
+    return os.strerror(errno.ENOSPC) in words or shutil.disk_usage(out).free < _NO_ROOM
 
 
 def _died(job: Job, code: int, said: str) -> OnnxpressError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,19 @@ def test_a_child_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "Popen", StandIn)
     with pytest.raises(OnnxpressError, match=words):
         export.run(export.Job("huggingface", "x", str(tmp_path), "optimum", 18), isolate=True)
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_an_export_that_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_said: bool) -> None:
+    """Said by an exporter in its own way, or not at all because the log found no room either."""
+    words = "'RuntimeError: No space left on device, 3 of 7'" if is_said else "1"
+    StandIn.program = f"raise SystemExit({words})"
+    monkeypatch.setattr(subprocess, "Popen", StandIn)
+    if not is_said:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="No space left") as caught:
+        export.run(export.Job("huggingface", "x", str(tmp_path), "optimum", 18), isolate=True)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_child_process_ends_with_its_parent(checkpoint: Path, tmp_path: Path) -> None:
