@@ -14,23 +14,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_export(architecture, exporter="optimum")`: directory with the exported graph of a small random model."""
+    """`tiny_export(architecture, exporter="optimum", **options)`: directory with the export of a small random model.
+
+    Options are those of `models.tiny.tiny`, whose model it is.
+    """
     from onnxpress import models
     from onnxpress.models.tiny import save_tiny
 
     root = tmp_path_factory.mktemp("tiny")
 
     @functools.cache
-    def make(architecture: str, exporter: str) -> Path:
-        checkpoint = root / architecture
+    def make(architecture: str, exporter: str, **options: int) -> Path:
+        checkpoint = root / "-".join([architecture, *map(str, options.values())])
         if not checkpoint.exists():
-            save_tiny(architecture, checkpoint)
-        work = root / f"{architecture}-{exporter}"
+            save_tiny(architecture, checkpoint, **options)
+        work = root / f"{checkpoint.name}-{exporter}"
         work.mkdir()
         return models.load(checkpoint, work_dir=work, exporter=exporter).directory
 
-    def export(architecture: str, exporter: str = "optimum") -> Path:
-        return make(architecture, exporter)
+    def export(architecture: str, exporter: str = "optimum", **options: int) -> Path:
+        return make(architecture, exporter, **options)
 
     return export
 

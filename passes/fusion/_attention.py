@@ -49,7 +49,7 @@ class Attention:
             weight = node.inputs[1] if node.op_type == "MatMul" and index == 0 else None
             if weight is not None and weight.shape is not None and isinstance(weight.shape[0], int):
                 return weight.shape[0] // self.head_size
-        return static(self.q, 1)
+        return static(self.q, 2 if self.q in self.unturned else 1)
 
     @property
     def num_kv_heads(self) -> int:

@@ -46,20 +46,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="session")
-def big_tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def big_tiny_export(tiny_export: Callable[..., Path]) -> Callable[..., Path]:
     """As `tiny_export`, with three layers of width 128."""
-    from onnxpress import models
-    from onnxpress.models.tiny import save_tiny
-
-    root = tmp_path_factory.mktemp("architectures")
-
-    @functools.cache
-    def make(architecture: str, exporter: str) -> Path:
-        checkpoint = root / architecture
-        if not checkpoint.exists():
-            save_tiny(architecture, checkpoint, num_layers=3, hidden_size=128)
-        work = root / f"{architecture}-{exporter}"
-        work.mkdir()
-        return models.load(checkpoint, work_dir=work, exporter=exporter).directory
-
-    return make
+    return functools.partial(tiny_export, num_layers=3, hidden_size=128)
