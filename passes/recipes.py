@@ -6,6 +6,7 @@ from onnxpress.compiler.pass_ import Pass
 from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.canonicalize.trim_logits import TrimLogits
+from onnxpress.passes.canonicalize.unflatten_gemm import UnflattenGemm
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
 from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
 from onnxpress.passes.fusion.fuse_gelu import FuseGelu
@@ -15,6 +16,7 @@ from onnxpress.passes.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
 from onnxpress.passes.fusion.pack_gate_up import PackGateUp
 from onnxpress.passes.fusion.pack_qkv import PackQkv
+from onnxpress.passes.fusion.split_projections import SplitProjections
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.rtn import Rtn
 
@@ -31,6 +33,8 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseRotary(),
         FuseAttention(),
         FuseEncoderAttention(),
+        UnflattenGemm(),
+        SplitProjections(),
         FuseSkipNorm(),
         FuseSwiglu(),
         FuseGelu(),

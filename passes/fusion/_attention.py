@@ -243,7 +243,7 @@ def joined_output(product: ir.Node) -> ir.Value:
         if readers[0].op_type == "Reshape" and (
             rank(value) == 3 or (rank(value) is None and _sizes_asked(walked[-1]) == 3)
         ):
-            if not all(_ends_in(node, walked) for node in sizes):
+            if not all(ends_in(node, walked) for node in sizes):
                 raise NotCuttable("somebody else asks for the size of the attention's product")
             return value
     raise NotCuttable("the heads are not joined by Transpose and Reshape")
@@ -255,7 +255,7 @@ def _sizes_asked(reshape: ir.Node) -> int | None:
     return shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
 
 
-def _ends_in(node: ir.Node, walked: list[ir.Node]) -> bool:
+def ends_in(node: ir.Node, walked: list[ir.Node]) -> bool:
     """Whether what is computed from a size is used by the `walked` nodes alone."""
     queue = [node]
     for _ in range(40):

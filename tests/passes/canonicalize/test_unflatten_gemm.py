@@ -1,0 +1,69 @@
+"""UnflattenGemm: a product on three axes between Reshapes that only fold, and nothing else."""
+
+from __future__ import annotations
+
+import check
+import graphs
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxpress.compiler.pass_ import Context
+from onnxpress.passes.canonicalize.unflatten_gemm import UnflattenGemm
+
+WIDTH, OUT = 16, 24
+
+
+def flattened(kind: str = "") -> ir.Model:
+    """A Gemm between Reshapes; sizes are asked of the input as exporters do."""
+    builder = graphs.Builder(WIDTH, 96, 0)
+    table = builder.weight(96, WIDTH, name="table")
+    x = builder.op("Gather", table, builder.ids, width=WIDTH, axis=0)
+    turned = kind == "transB"
+    weight = builder.weight(OUT, WIDTH) if turned else builder.weight(WIDTH, OUT)
+    flat = builder.op("Reshape", x, builder.axes(-1, WIDTH))
+    attributes = {"transB": 1} if turned else {}
+    if kind == "alpha":
+        attributes["alpha"] = 0.5
+    bias = () if kind == "no bias" else (builder.weight(OUT),)
+    product = builder.op("Gemm", flat, weight, *bias, **attributes)
+    product.shape = ir.Shape([None, OUT])
+    size = builder.op("Shape", x, start=0, end=2)
+    size.dtype = ir.DataType.INT64
+    shape = builder.op("Concat", size, builder.axes(OUT), axis=0)
+    shape.dtype = ir.DataType.INT64
+    if kind == "rows mixed":  # [S, B, N] read as [B, S, N]
+        product = builder.op("Reshape", product, builder.axes(5, 2, OUT))
+        product = builder.op("Transpose", product, perm=[1, 0, 2], width=OUT)
+    else:
+        product = builder.op("Reshape", product, shape, width=OUT)
+    return builder.finish(builder.op("MatMul", product, builder.weight(OUT, WIDTH), width=WIDTH), False, table)
+
+
+@pytest.mark.parametrize("kind", ["", "transB", "no bias"])
+def test_the_reshapes_go(kind: str) -> None:
+    model = flattened(kind)
+    before = graphs.run(model)["logits"]
+    assert len(UnflattenGemm().run(model, Context()).changed) == 1
+    assert not {"Reshape", "Gemm", "Shape"} & {node.op_type for node in model.graph}
+    check.close(before, graphs.run(model)["logits"])
+
+
+@pytest.mark.parametrize("kind", ["alpha", "rows mixed"])
+def test_what_is_more_than_a_fold_stays(kind: str) -> None:
+    model = flattened(kind)
+    before = graphs.text(model)
+    report = UnflattenGemm().run(model, Context())
+    assert not report.changed
+    assert len(report.skipped) == 1
+    assert graphs.text(model) == before
+
+
+def test_a_product_that_is_read_twice_stays() -> None:
+    model = flattened()
+    gemm = next(node for node in model.graph if node.op_type == "Gemm")
+    gemm.outputs[0].name = "also"
+    gemm.outputs[0].dtype = ir.DataType.FLOAT
+    model.graph.outputs.append(gemm.outputs[0])
+    assert not UnflattenGemm().run(model, Context()).changed
+    assert np.isfinite(graphs.run(model)["also"]).all()
