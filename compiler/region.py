@@ -375,7 +375,14 @@ def _constants_of(
 def _is_activation(value: ir.Value) -> bool:
     """A float value of rank 3: of the stream [batch, sequence, width] only batch and sequence can be asked for."""
     is_float = value.dtype is None or value.dtype.is_floating_point()
-    return is_float and value.shape is not None and len(value.shape) == 3
+    if not is_float or value.shape is None or len(value.shape) != 3:
+        return False
+    # Where batch and heads were folded into one axis: keys [batch heads, width, total], and products of activations.
+    are_keys = isinstance(value.shape[1], int) and not isinstance(value.shape[2], int)
+    node = value.producer()
+    factor = node.inputs[1] if node is not None and node.op_type == "MatMul" else None
+    is_product = factor is not None and factor.shape is not None and len(factor.shape) > 2
+    return not are_keys and not is_product
 
 
 def _rank_and_width(value: ir.Value) -> str:

@@ -156,6 +156,7 @@ _GPT2_NAMES = {
     "intermediate_size": "n_inner",
     "max_position_embeddings": "n_positions",
 }
+_FALCON_NAMES = {"intermediate_size": "ffn_hidden_size"}
 _DISTILBERT_NAMES = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -217,7 +218,8 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "bert": _renamed("Bert", "ForMaskedLM", {}),
     "bloom": _renamed("Bloom", "ForCausalLM", {"intermediate_size": "", "max_position_embeddings": ""}),
     "distilbert": _renamed("DistilBert", "ForMaskedLM", _DISTILBERT_NAMES),
-    "falcon": _renamed("Falcon", "ForCausalLM", {"intermediate_size": "ffn_hidden_size"}),
+    "falcon": _renamed("Falcon", "ForCausalLM", _FALCON_NAMES),
+    "falcon_alibi": _renamed("Falcon", "ForCausalLM", _FALCON_NAMES, alibi=True, multi_query=False),
     "gemma": _decoder("Gemma"),
     # The scale is no power of the head size, as in Gemma 2 27B: a fusion that drops it is caught.
     "gemma2": _decoder("Gemma2", query_pre_attn_scalar=24, sliding_window=16),

@@ -33,6 +33,7 @@ class Attention:
     scale: float
     softcap: float
     mask: ir.Value | None
+    biases: list[tuple[ir.Value, float]] = field(default_factory=list)  # added to the scores, each times a number
     cos: ir.Value | None = None
     sin: ir.Value | None = None
     positions: ir.Value | None = None
@@ -68,9 +69,10 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
     Raises:
         NotCuttable: the first thing that is not as in attention with a cache.
     """
-    scores, mask, scale, softcap = read_scores(softmax)
-    q, q_scale = unscaled(scores.inputs[0])
-    keys, k_scale = to_cache(scores.inputs[1], "keys")
+    scores = read_scores(softmax)
+    q, q_scale = unscaled(scores.product.inputs[0])
+    q = _heads_apart(q)
+    keys, k_scale = to_cache(scores.product.inputs[1], "keys")
     product = product_with_values(softmax)
     values, v_scale = to_cache(product.inputs[1], "values")
     if v_scale != 1.0:
@@ -84,9 +86,10 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
         present_k=keys.present,
         present_v=values.present,
         output=joined_output(product),
-        scale=scale * q_scale * k_scale,
-        softcap=softcap,
-        mask=mask,
+        scale=scores.scale * q_scale * k_scale,
+        softcap=scores.softcap,
+        mask=scores.mask,
+        biases=scores.biases,
     )
     if with_rotary:
         _absorb_rotary(found)
@@ -94,23 +97,48 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
     return found
 
 
-def read_scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, float]:
-    """The product of queries and keys above a Softmax, the mask, the scale and the softcap between them."""
+@dataclass
+class Scores:
+    """What lies between the product of queries and keys and the Softmax.
+
+    Attributes:
+        product: the MatMul.
+        mask: what is added last, or decides a Where.
+        biases: what else is added, each with the number it is multiplied by afterwards.
+    """
+
+    product: ir.Node
+    mask: ir.Value | None
+    scale: float
+    softcap: float
+    biases: list[tuple[ir.Value, float]]
+
+
+def read_scores(softmax: ir.Node) -> Scores:
+    """Walks from a Softmax up to the product of queries and keys."""
     value, mask, scale, softcap = softmax.inputs[0], None, 1.0, 0.0
+    biases: list[tuple[ir.Value, float]] = []
     for _ in range(12):
         node = producer(value)
         if node is None:
             break
         if node.op_type == "MatMul":
-            return node, mask, scale, softcap
-        if node.op_type == "Cast":
+            return Scores(node, mask, scale, softcap, biases)
+        if node.op_type in ("Cast", "Reshape"):
             value = node.inputs[0]
         elif node.op_type in ("Add", "Where"):
             operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
             up = [one for one in operands if _leads_to_product(one)]
-            if len(up) != 1 or mask is not None:
+            if len(up) != 1 or (mask is not None and node.op_type == "Where"):
                 raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
-            mask = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
+            added = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
+            if mask is None:
+                mask = added
+            elif softcap:
+                raise NotCuttable(f"a bias is added below the softcap at {node.name or node.op_type}")
+            else:
+                bias, times = unscaled(added)
+                biases.append((bias, times * scale))
             value = up[0]
         elif node.op_type in ("Mul", "Div"):
             inner, number = factor(node)
@@ -129,9 +157,16 @@ def read_scores(softmax: ir.Node) -> tuple[ir.Node, ir.Value | None, float, floa
     raise NotCuttable("no product of queries and keys above the Softmax")
 
 
+def _heads_apart(value: ir.Value) -> ir.Value:
+    """[B, H, S, D] where batch and heads were folded into [B H, S, D] for the product (Bloom)."""
+    fold = producer(value, "Reshape")
+    apart = None if fold is None else fold.inputs[0]
+    return apart if apart is not None and rank(value) == 3 and rank(apart) == 4 else value
+
+
 def _leads_to_product(value: ir.Value | None) -> bool:
     for _ in range(10):
-        node = producer(value, "MatMul", "Add", "Where", "Mul", "Div", "Tanh", "Cast")
+        node = producer(value, "MatMul", "Add", "Where", "Mul", "Div", "Tanh", "Cast", "Reshape")
         if node is None:
             return False
         if node.op_type == "MatMul":
@@ -220,7 +255,7 @@ def product_with_values(softmax: ir.Node, is_guard_passed: bool = True) -> ir.No
             return node
         if node.op_type == "Where" and not (is_guard_passed and _is_guard(node, value)):
             raise NotCuttable("some probabilities are replaced")
-        if node.op_type not in ("Cast", "Where", "Identity", "Dropout"):
+        if node.op_type not in ("Cast", "Where", "Identity", "Dropout", "Reshape"):
             break
         value = node.outputs[0]
     raise NotCuttable("no product of probabilities and values below the Softmax")

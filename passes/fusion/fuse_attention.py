@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, constant, discard
+from onnxpress.compiler.fusing import Fuser, constant, discard, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import (
     Array,
@@ -72,6 +72,12 @@ class FuseAttention(Pass):
         return report
 
 
+def _uncut(mask: ir.Value) -> ir.Value:
+    """The mask before it is cut to the length of this layer's keys, which it has anyway."""
+    cut = producer(mask, "Slice")
+    return mask if cut is None or cut.inputs[0] is None or rank(cut.inputs[0]) != 4 else cut.inputs[0]
+
+
 def _joins_cache(node: ir.Node) -> bool:
     """Whether new keys or values are appended to a graph input [B, G, past, D]."""
     past = node.inputs[0] if node.op_type == "Concat" and len(node.inputs) == 2 else None
@@ -85,8 +91,9 @@ class _Builder:
     fuser: Fuser
     context: Context
     with_bias: bool
-    lengths: dict[int, tuple[ir.Value, ir.Value, ir.Value | None]] = field(default_factory=dict)
-    windows: dict[str, int] = field(default_factory=dict)
+    lengths: dict[int, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
+    biases: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
+    windows: dict[str, int | None] = field(default_factory=dict)
     pending: list[ir.Node] = field(default_factory=list)
 
     @property
@@ -101,6 +108,15 @@ class _Builder:
             raise NotCuttable("no mask: the attention is not causal")
         mask_input = self._mask_input(found)
         window = self._window(found)
+        if window is None:
+            # Values of the model's own, ALiBi for one: all of the mask is added to the scores, as it was.
+            window = -1
+            found.biases.append((_uncut(found.mask), 1.0))
+        given = [found.q, found.k, found.v]
+        made = [found.output, found.present_k, found.present_v]
+        for value, _ in found.biases:
+            if any(one in made for node in Region([*given, *made], [value]).nodes for one in node.inputs):
+                raise NotCuttable("what is added to the scores depends on the keys that the operator makes")
         inputs = [found.q, found.k, found.v]
         outputs = [found.output, found.present_k, found.present_v]
         reason = None
@@ -134,8 +150,11 @@ class _Builder:
             raise NotCuttable("the mask does not come from one input of shape [batch, total]")
         return leaves[0]
 
-    def _window(self, found: Attention) -> int:
-        """How many tokens a query sees, itself included; -1 for all. Read off the mask of one decode step."""
+    def _window(self, found: Attention) -> int | None:
+        """How many tokens a query sees, itself included; -1 for all. Read off the mask of one decode step.
+
+        None when the mask is more than that and can be added to the scores: a float [B, 1 or H, S, T].
+        """
         assert found.mask is not None
         # The mask is often cut to the length of the keys, so keys may be among its leaves.
         region = Region([found.q, found.k, found.v], [found.mask])
@@ -144,7 +163,7 @@ class _Builder:
             self.windows[key] = self._probe(region, found)
         return self.windows[key]
 
-    def _probe(self, region: Region, found: Attention) -> int:
+    def _probe(self, region: Region, found: Attention) -> int | None:
         constants = [
             int(value.const_value.numpy().reshape(-1)[0])
             for value in region.constants
@@ -164,13 +183,16 @@ class _Builder:
             raise NotCuttable(f"the mask does not run by itself: {first_line(error)}") from None
         seen = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
         count = int(seen.sum())
+        if rank(found.mask) == 4 and row.dtype != np.bool_ and row[seen.nonzero()].any():
+            return None
         if seen.size != total or count == 0 or not seen[-count:].all():
             raise NotCuttable("the mask is neither causal nor a sliding window")
         return -1 if count == total else count
 
     def _nodes(self, found: Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
         """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
-        seqlens, total, bias = self._lengths(mask_input)
+        seqlens, total, visible = self._lengths(mask_input)
+        bias = self._bias(mask_input, visible, found) if self.with_bias or found.biases else None
         before: list[ir.Node] = []
         heads = (found.num_heads, found.num_kv_heads, found.num_kv_heads)
         operands_in = zip((found.q, found.k, found.v), heads, strict=True)
@@ -218,8 +240,8 @@ class _Builder:
         nodes.append(join)
         return join.outputs[0]
 
-    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """(index of the last visible token per row, T, bias that hides padding) from the mask; once per model.
+    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(index of the last visible token per row, T, the mask as floats) from the mask; once per model.
 
         The total comes from a shape, not from a reduction: it must lie in host memory, and a reduction on the device
         would be copied back at every step.
@@ -237,19 +259,48 @@ class _Builder:
         length = made.node("Gather", [whole, made.const(np.array(1, np.int64), "one")], axis=0)
         total = made.node("Cast", [length], to=ir.DataType.INT32)
         total.shape, total.dtype = ir.Shape([]), ir.DataType.INT32
-        bias = self._bias(made, mask, floats) if self.with_bias else None
         self.pending += made.nodes
-        self.lengths[id(mask)] = (seqlens, total, bias)
+        self.lengths[id(mask)] = (seqlens, total, floats)
         return self.lengths[id(mask)]
 
-    def _bias(self, made: _Chain, mask: ir.Value, floats: ir.Value) -> ir.Value:
+    def _bias(self, mask: ir.Value, visible: ir.Value, found: Attention) -> ir.Value:
+        """[B, 1 or H, S, T]: `_HIDDEN` for padding, and what the model itself adds to the scores; once per model."""
+        key: tuple[Any, ...] = (id(mask),)
+        if key not in self.biases:
+            made = _Chain(self.graph, "mask/padding")
+            self.biases[key] = self._padding(made, visible)
+            self.pending += made.nodes
+        for value, number in found.biases:
+            below = self.biases[key]
+            key = (*key, id(value), number, found.num_heads)
+            if key not in self.biases:
+                made = _Chain(self.graph, f"mask/bias_{len(self.biases)}")
+                self.biases[key] = self._added(made, below, value, number, found.num_heads)
+                self.pending += made.nodes
+        return self.biases[key]
+
+    def _added(self, made: _Chain, bias: ir.Value, value: ir.Value, number: float, heads: int) -> ir.Value:
+        """`bias` plus a value [B, 1 or H, 1 or S, T] or [B H, 1, T] times a number."""
+        if rank(value) == 3:
+            sizes = made.node("Shape", [value])
+            last = made.node("Gather", [sizes, made.const(np.array([2], np.int64), "last")], axis=0)
+            first = made.const(np.array([-1, heads, 1], np.int64), f"first_{heads}")
+            value = made.node("Reshape", [value, made.node("Concat", [first, last], axis=0)], like=value)
+        if number != 1.0:
+            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+            value = made.node("Mul", [value, made.const(np.array(number, dtype), f"times_{number:.6g}")], like=value)
+        total = made.node("Add", [bias, value], like=bias)
+        total.shape = ir.Shape([None, None, None, None])
+        return total
+
+    def _padding(self, made: _Chain, visible: ir.Value) -> ir.Value:
         """[B, 1, S, T]: 0 for visible tokens, `_HIDDEN` for padding."""
         ids = next((one for one in self.graph.inputs if one.name in ("input_ids", "inputs_embeds")), None)
         if ids is None:
             raise NotCuttable("no input_ids to take the sequence length from")
         dtype = self.fuser.model.graph.inputs[0].dtype
         dtype = next((one.dtype for one in self.graph.inputs if rank(one) == 4 and one.dtype is not None), dtype)
-        hidden = made.node("Sub", [made.const(np.array(1, np.float32), "one_float"), floats])
+        hidden = made.node("Sub", [made.const(np.array(1, np.float32), "one_float"), visible])
         scaled = made.node("Mul", [hidden, made.const(np.array(_HIDDEN, np.float32), "hidden")])
         if dtype not in (ir.DataType.FLOAT, None):
             scaled = made.node("Cast", [scaled], to=dtype)
@@ -275,14 +326,15 @@ class _Chain:
     def const(self, array: Array, name: str) -> ir.Value:
         return constant(self.graph, array, f"{self.prefix}/{name}")
 
-    def node(self, op: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+    def node(self, op: str, inputs: Sequence[ir.Value], like: ir.Value | None = None, **attributes: int) -> ir.Value:
+        """The output of a new node, of the type of `like`."""
         given = [ir.AttrInt64(name, int(value)) for name, value in attributes.items()]
         node = ir.Node("", op, inputs, given, name=f"{self.prefix}/{op}_{len(self.nodes)}")
         node.outputs[0].name = f"{self.prefix}/{op}_{len(self.nodes)}.out"
         # Written down, so that a placement audit can tell shape arithmetic from activations.
         integer = op in ("Shape", "ArgMax") or (op in ("Gather", "Concat") and inputs[0].dtype == ir.DataType.INT64)
         dtype = attributes.get("to", ir.DataType.INT64 if integer else ir.DataType.FLOAT)
-        node.outputs[0].type = ir.TensorType(ir.DataType(dtype))
+        node.outputs[0].type = ir.TensorType(ir.DataType(dtype)) if like is None else like.type
         self.nodes.append(node)
         return node.outputs[0]
 

@@ -91,10 +91,13 @@ def _read(softmax: ir.Node) -> _Attention:
     axis = softmax.attributes.get("axis")
     if axis is not None and axis.as_int() not in (-1, 3):
         raise NotCuttable("the Softmax is not over the keys")
-    scores, mask, scale, softcap = read_scores(softmax)
+    found = read_scores(softmax)
+    scores, mask, scale = found.product, found.mask, found.scale
     if _has_cache(scores.inputs[1]):
         raise NotCuttable("the keys meet a cache, which `fuse_attention` is for")
-    if softcap:
+    if found.biases:
+        raise NotCuttable("more than one thing is added to the scores")
+    if found.softcap:
         raise NotCuttable("the operator has no soft cap")
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         raise NotCuttable("the mask selects scores instead of being added to them")

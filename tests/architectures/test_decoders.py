@@ -22,8 +22,21 @@ from onnxpress.models.tiny import tiny
 
 LAYERS, HIDDEN = 3, 128
 OPTIMUM = [
-    *("falcon", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite", "llama", "llama3", "mistral", "olmo2"),
-    *("opt", "phi3", "phi4", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
+    *("bloom", "falcon", "falcon_alibi", "gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "granite"),
+    *(
+        "llama",
+        "llama3",
+        "mistral",
+        "olmo2",
+        "opt",
+        "phi3",
+        "phi4",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+    ),
 ]
 DYNAMO = ["gemma3", "granite", "phi4", "smollm3"]
 # What may stand between a projection and its attention without being a chain that moves data about.
