@@ -11,6 +11,7 @@ one wrong scale, mask or head changes a token soon.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from terminal import BenchmarkError, say
 
 import onnxpress
 from onnxpress import models
-from onnxpress.models.tiny import save_tiny, tiny_names
+from onnxpress.models.tiny import VOCABULARY, save_tiny, tiny_names
 
 _ENCODERS = ("bert", "distilbert", "modernbert", "resnet", "roberta", "t5", "vit", "whisper")
 PROMPT = [1, *range(40, 51)]
@@ -43,7 +44,12 @@ def artifact_of(architecture: str, recipe: str, work: Path) -> Path:
     checkpoint = save_tiny(architecture, work / "checkpoint", num_layers=LAYERS, hidden_size=HIDDEN)
     (work / "export").mkdir()
     source = models.load(checkpoint, work_dir=work / "export", exporter="optimum").directory
-    return onnxpress.optimize(source, output=work / "artifact", recipe=recipe, measure=False).directory
+    artifact = onnxpress.optimize(source, output=work / "artifact", recipe=recipe, measure=False).directory
+    # onnxruntime-genai keeps the end of the text from being chosen before min_length; onnxpress chooses it and goes on.
+    config = json.loads((artifact / "genai_config.json").read_text())
+    config["model"]["eos_token_id"] = VOCABULARY - 1
+    (artifact / "genai_config.json").write_text(json.dumps(config))
+    return artifact
 
 
 def compare(options: argparse.Namespace) -> int:
