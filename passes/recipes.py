@@ -6,7 +6,7 @@ from onnxpress.compiler.pass_ import Pass
 from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.canonicalize.trim_logits import TrimLogits
-from onnxpress.passes.canonicalize.unflatten_gemm import UnflattenGemm
+from onnxpress.passes.canonicalize.unflatten import Unflatten
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
 from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
 from onnxpress.passes.fusion.fuse_gelu import FuseGelu
@@ -33,7 +33,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseRotary(),
         FuseAttention(),
         FuseEncoderAttention(),
-        UnflattenGemm(),
+        Unflatten(),
         SplitProjections(),
         FuseSkipNorm(),
         FuseSwiglu(),

@@ -94,6 +94,9 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
     if with_rotary:
         _absorb_rotary(found)
     found.q, found.k, found.v = (flat(value, found) for value in (found.q, found.k, found.v))
+    if rank(found.q) == 3:  # scaled before the heads were taken apart (OPT)
+        found.q, q_scale = unscaled(found.q)
+        found.scale *= q_scale
     return found
 
 

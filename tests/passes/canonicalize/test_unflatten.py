@@ -1,4 +1,4 @@
-"""UnflattenGemm: a product on three axes between Reshapes that only fold, and nothing else."""
+"""Unflatten: rows on three axes between Reshapes that only fold, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler.pass_ import Context
-from onnxpress.passes.canonicalize.unflatten_gemm import UnflattenGemm
+from onnxpress.passes.canonicalize.unflatten import Unflatten
 
 WIDTH, OUT = 16, 24
 
@@ -28,6 +28,14 @@ def flattened(kind: str = "") -> ir.Model:
     bias = () if kind == "no bias" else (builder.weight(OUT),)
     product = builder.op("Gemm", flat, weight, *bias, **attributes)
     product.shape = ir.Shape([None, OUT])
+    if kind in ("residual", "norm over rows"):  # as OPT: norm, product, activation, product, residual
+        norm = builder.op("LayerNormalization", flat, builder.weight(WIDTH), axis=0 if kind != "residual" else -1)
+        inner = builder.op("Relu", builder.op("Gemm", norm, weight, *bias))
+        product = builder.op("Add", flat, builder.op("Gemm", inner, builder.weight(OUT, WIDTH), builder.weight(WIDTH)))
+        product = builder.op("Gemm", product, weight, *bias)
+    if kind == "joined with others":
+        product = builder.op("Add", product, builder.op("ReduceMean", x, builder.axes(0, 1, 2), keepdims=1))
+    product.shape = ir.Shape([None, OUT])
     size = builder.op("Shape", x, start=0, end=2)
     size.dtype = ir.DataType.INT64
     shape = builder.op("Concat", size, builder.axes(OUT), axis=0)
@@ -40,20 +48,20 @@ def flattened(kind: str = "") -> ir.Model:
     return builder.finish(builder.op("MatMul", product, builder.weight(OUT, WIDTH), width=WIDTH), False, table)
 
 
-@pytest.mark.parametrize("kind", ["", "transB", "no bias"])
+@pytest.mark.parametrize("kind", ["", "transB", "no bias", "residual"])
 def test_the_reshapes_go(kind: str) -> None:
     model = flattened(kind)
     before = graphs.run(model)["logits"]
-    assert len(UnflattenGemm().run(model, Context()).changed) == 1
+    assert len(Unflatten().run(model, Context()).changed) == 1
     assert not {"Reshape", "Gemm", "Shape"} & {node.op_type for node in model.graph}
     check.close(before, graphs.run(model)["logits"])
 
 
-@pytest.mark.parametrize("kind", ["alpha", "rows mixed"])
+@pytest.mark.parametrize("kind", ["alpha", "rows mixed", "norm over rows", "joined with others"])
 def test_what_is_more_than_a_fold_stays(kind: str) -> None:
     model = flattened(kind)
     before = graphs.text(model)
-    report = UnflattenGemm().run(model, Context())
+    report = Unflatten().run(model, Context())
     assert not report.changed
     assert len(report.skipped) == 1
     assert graphs.text(model) == before
@@ -65,5 +73,5 @@ def test_a_product_that_is_read_twice_stays() -> None:
     gemm.outputs[0].name = "also"
     gemm.outputs[0].dtype = ir.DataType.FLOAT
     model.graph.outputs.append(gemm.outputs[0])
-    assert not UnflattenGemm().run(model, Context()).changed
+    assert not Unflatten().run(model, Context()).changed
     assert np.isfinite(graphs.run(model)["also"]).all()
