@@ -14,34 +14,49 @@ _HEAD = """# Architectures
 
 Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and
 compared with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators
-are per layer.
+are per layer. `cuda`: what of the artifact for that target ONNX Runtime's CUDA provider leaves to the CPU, shape
+arithmetic apart, and whether values are copied between devices; "all" when every float node runs on CUDA.
 Written by `pytest tests/architectures --update-architectures`.
 
 """
 
 
 @pytest.fixture(scope="session")
-def architectures(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+def placements() -> dict[tuple[str, str], str]:
+    """What does not run on CUDA, by (model, target); of optimum's exports."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def architectures(
+    request: pytest.FixtureRequest, placements: dict[tuple[str, str], str]
+) -> Iterator[list[dict[str, Any]]]:
     """Rows for the table."""
     rows: list[dict[str, Any]] = []
     yield rows
     if request.config.getoption("--update-architectures"):
-        PAGE.write_text(_HEAD + table(rows), encoding="utf-8")
+        PAGE.write_text(_HEAD + table(rows, placements), encoding="utf-8")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], placements: dict[tuple[str, str], str]) -> str:
     names = list(max((row["differences"] for row in rows), key=len)) if rows else []
+    targets = sorted({target for _, target in placements})
+    columns = [*names, *targets]
     lines = [
-        f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(names)} |",
-        "|" + "---|" * (5 + len(names)),
+        f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(columns)} |",
+        "|" + "---|" * (5 + len(columns)),
     ]
     for row in sorted(rows, key=lambda one: (one["exporter"] != "optimum", one["model"])):
         fused = ", ".join(f"{name} {count:.3g}" for name, count in row["operators"].items())
         stray = ", ".join(f"{name} {count}" for name, count in row["stray"].items()) or "none"
         found = row["differences"]
-        differences = " | ".join(f"{found[name]:.0e}" if name in found else "" for name in names)
+        cells = [f"{found[name]:.0e}" if name in found else "" for name in names]
+        if row["exporter"] == "optimum":
+            cells += [placements.get((row["model"], target), "") for target in targets]
+        else:
+            cells += [""] * len(targets)
         nodes = f"{row['nodes'][0]:,} to {row['nodes'][1]}"
-        lines.append(f"| {row['model']} | {row['exporter']} | {nodes} | {fused} | {stray} | {differences} |")
+        lines.append(f"| {row['model']} | {row['exporter']} | {nodes} | {fused} | {stray} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
