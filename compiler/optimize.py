@@ -70,7 +70,7 @@ def optimize(
             as the process.
         recipe: name of a pipeline, see `onnxpress recipes`; "int4" when `passes` is not given either.
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
-        target: "cpu" or "cuda".
+        target: "cpu", "cuda" (float16) or "cuda-bf16".
         calibration: text file for passes that look at activations; the loss is measured on it too.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.

@@ -23,12 +23,13 @@ class Target:
     @property
     def name(self) -> str:
         """The word the user typed."""
-        return self.provider
+        return next(name for name, one in TARGETS.items() if one == self)
 
 
 TARGETS: dict[str, Target] = {
     "cpu": Target("cpu", ir.DataType.FLOAT),
     "cuda": Target("cuda", ir.DataType.FLOAT16),
+    "cuda-bf16": Target("cuda", ir.DataType.BFLOAT16),
 }
 
 
@@ -41,4 +42,6 @@ def target(name: str) -> Target:
     try:
         return TARGETS[name]
     except KeyError:
-        raise OptionError(f"target: expected cpu or cuda, got {name!r}", hint=near_miss(name, TARGETS)) from None
+        raise OptionError(
+            f"target: expected {', '.join(TARGETS)}, got {name!r}", hint=near_miss(name, TARGETS)
+        ) from None

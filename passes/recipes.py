@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from onnxpress.compiler.pass_ import Pass
 from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
@@ -26,7 +28,7 @@ __all__ = ["fp32", "fuse", "int4", "int4_small", "int8", "pack"]
 
 
 def fuse(target: Target) -> tuple[Pass, ...]:
-    """Canonicalizes and fuses everything that has a kernel; float16 where the target wants it."""
+    """Canonicalizes and fuses everything that has a kernel; float16 or bfloat16 where the target wants it."""
     fused: tuple[Pass, ...] = (
         Simplify(shapes=False),
         FuseRmsnorm(),
@@ -41,7 +43,9 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         Simplify(),
     )
     # On CUDA the count would have to come back to the host: not tried there, so left out.
-    return (*fused, CastFloat16()) if target.provider == "cuda" else (*fused, TrimLogits())
+    if target.provider == "cuda":
+        return (*fused, CastFloat16(dtype="bfloat16" if target.dtype == ir.DataType.BFLOAT16 else "float16"))
+    return (*fused, TrimLogits())
 
 
 def pack(target: Target) -> tuple[Pass, ...]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def explain_fusion(
     path: ModelArgument,
-    target: Annotated[str, typer.Option(metavar="cpu|cuda", help="What to fuse for.")] = "cpu",
+    target: Annotated[str, typer.Option(metavar="cpu|cuda|cuda-bf16", help="What to fuse for.")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -25,7 +25,7 @@ def optimize(
         str | None,
         typer.Option(metavar="TEXT", help='A pipeline, such as "fuse, rtn(bits=4), pack"; instead of a recipe.'),
     ] = None,
-    target: Annotated[str, typer.Option(metavar="cpu|cuda", help="What the artifact is built for.")] = "cpu",
+    target: Annotated[str, typer.Option(metavar="cpu|cuda|cuda-bf16", help="What the artifact is built for.")] = "cpu",
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text for passes that look at activations.")
     ] = None,
@@ -104,8 +104,12 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
     if line := _quality(card["quality"]):
         console.print(line)
     if verified := card.get("verified"):
-        worst = max(one["largest_difference"] for one in verified)
-        console.print(f"verified {len(verified)} passes: outputs within {worst:.1e} of their largest value")
+        differences = [one["largest_difference"] for one in verified if "largest_difference" in one]
+        worst = max(differences, default=0.0)
+        console.print(f"verified {len(differences)} passes: outputs within {worst:.1e} of their largest value")
+        for one in verified:
+            if "not_verified" in one:
+                console.print(f"not verified from {one['pass']} on: it {one['not_verified']}")
 
 
 def _quality(quality: dict[str, Any]) -> str:

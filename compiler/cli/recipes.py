@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def recipes(
-    target: Annotated[str, typer.Option(metavar="cpu|cuda", help="What the artifact is built for.")] = "cpu",
+    target: Annotated[str, typer.Option(metavar="cpu|cuda|cuda-bf16", help="What the artifact is built for.")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,5 +1,8 @@
 """Stores weights and computes activations in float16; positions, norms and masks keep the precision they need.
 
+`dtype="bfloat16"` does the same with float32's range and eight bits of precision; ONNX Runtime has such kernels on CUDA
+alone. What is said of float16 here holds for it, with its own range.
+
 A float32 value is one of three kinds, told apart by where it comes from:
 
 * activations: what graph inputs of type float, embedding rows and products with weights flow into. They become float16,
@@ -13,12 +16,15 @@ A float32 value is one of three kinds, told apart by where it comes from:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -26,8 +32,8 @@ from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-LARGEST = 65504.0  # of float16
+FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+LARGEST = {HALF: 65504.0, BFLOAT: float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 _SAMPLE = 1 << 16  # weights per tensor on which the rounding error is measured
 
 _STATISTICS = ("Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log")
@@ -44,14 +50,14 @@ _VIEWS = ("Transpose", "Reshape", "Identity", "Slice", "Split", "Unsqueeze", "Sq
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits")
 
 
-def to_half(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """float16 with finite values beyond its range set to +-65504; infinities and NaN stay.
+def to_half(array: npt.NDArray[Any], dtype: ir.DataType = HALF) -> npt.NDArray[Any]:
+    """`dtype` (float16 or bfloat16) with finite values beyond its range set to its limits; infinities and NaN stay.
 
-    Laws: exact for every float16 value; never makes a finite value infinite; monotone.
+    Laws: exact for every value of `dtype`; never makes a finite value infinite; monotone.
     """
     finite = np.isfinite(array)
-    clipped = np.clip(array, -LARGEST, LARGEST)
-    return (clipped if finite.all() else np.where(finite, clipped, array)).astype(np.float16)
+    clipped = np.clip(array, -LARGEST[dtype], LARGEST[dtype])
+    return (clipped if finite.all() else np.where(finite, clipped, array)).astype(dtype.numpy())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,8 @@ class CastFloat16(Pass):
 
     promise: ClassVar[Promise] = Promise.LOSSY
 
+    dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for large activations; runs on CUDA alone
+
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         graph = model.graph
@@ -72,14 +80,14 @@ class CastFloat16(Pass):
                 "cast_float16: expected a graph without If, Loop and Scan", hint="export a single, unconditional graph"
             )
         types = _types(graph)
-        if not _has_work(graph, types):
+        half = HALF if self.dtype == "float16" else BFLOAT
+        if not _has_work(graph, types, half):
             report.skip("graph", "it has no weights or activations in float32")
             return report
         if any(node.op_type == "Constant" for node in graph):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             types = _types(graph)
-        roles = _roles(graph, types)
-        _Caster(graph, types, roles, report).run()
+        _Caster(graph, types, _roles(graph, types, half), report, half).run()
         graph.sort()
         return report
 
@@ -123,9 +131,9 @@ def _types(graph: ir.Graph) -> dict[int, ir.DataType | None]:
     return types
 
 
-def _has_work(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> bool:
+def _has_work(graph: ir.Graph, types: dict[int, ir.DataType | None], half: ir.DataType) -> bool:
     """Whether a float32 input, weight matrix or embedding is left; what this pass leaves in float32 does not count."""
-    roles = _roles(graph, types)
+    roles = _roles(graph, types, half)
     if any(types[id(value)] == FLOAT for value in graph.inputs if value.const_value is None):
         return True
     return any(
@@ -137,7 +145,8 @@ def _has_work(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> bool:
     )
 
 
-def _roles(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> _Roles:
+def _roles(graph: ir.Graph, types: dict[int, ir.DataType | None], half: ir.DataType) -> _Roles:
+    opset = graph.opset_imports.get("", 18)
     flowing = {id(value) for value in graph.inputs if _is_float(types[id(value)]) and value.const_value is None}
     activations: set[int] = set()
     statistics: set[int] = set()
@@ -164,9 +173,19 @@ def _roles(graph: ir.Graph, types: dict[int, ir.DataType | None]) -> _Roles:
         elif derived and node.op_type == "Cast":
             reduced.update(id(value) for value in outputs)
             statistics.add(id(node))
-        elif node.op_type in _FLOAT32_ONLY:
+        elif node.op_type in _FLOAT32_ONLY or not _takes(node.domain, node.op_type, opset, half):
             statistics.add(id(node))
     return _Roles(activations, statistics)
+
+
+@functools.cache
+def _takes(domain: str, op_type: str, opset: int, half: ir.DataType) -> bool:
+    """Whether the opset lets the operator compute in `half`: Conv knows bfloat16 from 22 on, TopK from 24."""
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return True  # not ONNX's own: ONNX Runtime says so when it has no such kernel
+    return any(f"tensor({half.name.lower()})" in one.types for one in (*schema.inputs, *schema.outputs))
 
 
 def _starts(node: ir.Node, types: dict[int, ir.DataType | None]) -> bool:
@@ -191,14 +210,22 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _is_float(dtype: ir.DataType | None) -> bool:
-    return dtype in (FLOAT, HALF)
+    return dtype in (FLOAT, HALF, BFLOAT)
 
 
 class _Caster:
     """One run over a graph."""
 
-    def __init__(self, graph: ir.Graph, types: dict[int, ir.DataType | None], roles: _Roles, report: Report) -> None:
-        self.graph, self.types, self.roles, self.report = graph, types, roles, report
+    def __init__(
+        self,
+        graph: ir.Graph,
+        types: dict[int, ir.DataType | None],
+        roles: _Roles,
+        report: Report,
+        half: ir.DataType,
+    ) -> None:
+        self.graph, self.types, self.roles, self.report, self.half = graph, types, roles, report, half
+        self.largest = LARGEST[half]
         self.made: dict[tuple[int, ir.DataType], ir.Value] = {}
         self.squared_error = self.squared_norm = 0.0
 
@@ -230,22 +257,28 @@ class _Caster:
             tensor = value.const_value
             if tensor is not None and tensor.dtype == FLOAT and tensor.size <= 1 << 16:
                 array = tensor.numpy()
-                if (np.isfinite(array) & (np.abs(array) > LARGEST)).any():
+                if _beyond(array, self.largest):
                     wide.add(id(value))
         for node in nodes:
+            if id(node) in self.roles.activations:
+                continue
             fill = node.attributes.get("value")
-            is_wide = node.op_type == "ConstantOfShape" and fill is not None and _beyond(fill.as_tensor().numpy())
+            is_wide = (
+                node.op_type == "ConstantOfShape"
+                and fill is not None
+                and _beyond(fill.as_tensor().numpy(), self.largest)
+            )
             if is_wide or any(value is not None and id(value) in wide for value in node.inputs):
                 wide.update(id(value) for value in node.outputs)
         return wide
 
     def _retype(self, value: ir.Value) -> None:
-        self.types[id(value)] = HALF
-        value.type = ir.TensorType(HALF)
+        self.types[id(value)] = self.half
+        value.type = ir.TensorType(self.half)
 
     def _convert(self, node: ir.Node) -> None:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT:
-            node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+            node.attributes["to"] = ir.AttrInt64("to", int(self.half))
         for value in node.outputs:
             if self.types.get(id(value)) == FLOAT:
                 self._retype(value)
@@ -262,24 +295,24 @@ class _Caster:
                     constants[id(value)] = value
                     readers.setdefault(id(value), []).append((node, index))
         for key, value in constants.items():
-            wanting = [(node, index) for node, index in readers[key] if self._wants(node, index) == HALF]
+            wanting = [(node, index) for node, index in readers[key] if self._wants(node, index) == self.half]
             if not wanting:
                 continue
             tensor = value.const_value
             assert tensor is not None
             self._weigh(value.name or "constant", tensor)
             alone = len(wanting) == len(readers[key]) and not value.is_graph_output()
-            name = (value.name or "") if alone else unique_name(self.graph, f"{value.name}.float16")
-            half = _lazy_half(tensor, name)
+            name = (value.name or "") if alone else unique_name(self.graph, f"{value.name}.{self.half.name.lower()}")
+            half = _lazy_half(tensor, name, self.half)
             if alone:
                 value.const_value = half
                 self._retype(value)
             else:
                 twin = ir.Value(
-                    name=name, shape=ir.Shape(half.shape.numpy()), type=ir.TensorType(HALF), const_value=half
+                    name=name, shape=ir.Shape(half.shape.numpy()), type=ir.TensorType(self.half), const_value=half
                 )
                 self.graph.register_initializer(twin)
-                self.types[id(twin)] = HALF
+                self.types[id(twin)] = self.half
                 for node, index in wanting:
                     node.replace_input_with(index, twin)
             self.report.change(f"weight {name}" if tensor.size > 1 else f"constant {name}")
@@ -289,22 +322,24 @@ class _Caster:
         if tensor.size <= 1:
             return
         array = tensor.numpy().reshape(-1)
-        if not np.isfinite([array.min(), array.max()]).all() or max(-array.min(), array.max()) > LARGEST:
-            count = int((~(np.abs(array) <= LARGEST)).sum())
+        if not np.isfinite([array.min(), array.max()]).all() or max(-array.min(), array.max()) > self.largest:
+            count = int((~(np.abs(array) <= self.largest)).sum())
             self.report.metrics["overflows"] = self.report.metrics.get("overflows", 0.0) + count
-            self.report.skip(f"values of {name}", f"{count} lie beyond float16's range; finite ones were saturated")
+            self.report.skip(
+                f"values of {name}", f"{count} lie beyond {self.half.name.lower()}'s range; finite ones were saturated"
+            )
             return
         sample = array[:: max(1, array.size // _SAMPLE)].astype(np.float64)
         weight = array.size / sample.size
         self.squared_norm += weight * float(sample @ sample)
-        error = to_half(sample) - sample
+        error = to_half(sample, self.half) - sample
         self.squared_error += weight * float(error @ error)
 
     def _wants(self, node: ir.Node, index: int) -> ir.DataType | None:
         """The float type in which `node` takes input `index`."""
         if index in _FLOAT32_INPUTS.get(node.op_type, ()) or not self.roles.is_half(node):
             return FLOAT
-        return HALF
+        return self.half
 
     def _connect(self, node: ir.Node, wide: set[int]) -> None:
         for index, value in enumerate(node.inputs):
@@ -318,15 +353,15 @@ class _Caster:
 
     def _mixes(self, node: ir.Node) -> bool:
         """Whether a node outside the activations reads a value that has become float16 (a float graph input)."""
-        return any(value is not None and self.types.get(id(value)) == HALF for value in node.inputs)
+        return any(value is not None and self.types.get(id(value)) == self.half for value in node.inputs)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, wide: bool) -> ir.Value:
         """`value` in another float type, made once."""
         if (id(value), dtype) not in self.made:
             source = value
             nodes = []
-            if wide and dtype == HALF:
-                bounds = [self._bound(-LARGEST), self._bound(LARGEST)]
+            if wide and dtype == self.half:
+                bounds = [self._bound(-self.largest), self._bound(self.largest)]
                 clip = ir.node("Clip", [value, *bounds], name=f"{value.name}/saturate")
                 source = clip.outputs[0]
                 source.name, source.shape, source.dtype = f"{value.name}/saturated", value.shape, FLOAT
@@ -340,7 +375,7 @@ class _Caster:
         return self.made[id(value), dtype]
 
     def _bound(self, number: float) -> ir.Value:
-        name = f"float16.{'largest' if number > 0 else 'smallest'}"
+        name = f"{self.half.name.lower()}.{'largest' if number > 0 else 'smallest'}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.array(number, np.float32), name=name)
             value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(FLOAT), const_value=tensor)
@@ -348,16 +383,16 @@ class _Caster:
         return self.graph.initializers[name]
 
 
-def _beyond(array: npt.NDArray[Any]) -> bool:
-    return bool((np.isfinite(array) & (np.abs(array) > LARGEST)).any())
+def _beyond(array: npt.NDArray[Any], largest: float) -> bool:
+    return bool((np.isfinite(array) & (np.abs(array) > largest)).any())
 
 
-def _lazy_half(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    """The tensor in float16; large ones are converted when they are saved."""
+def _lazy_half(tensor: ir.TensorProtocol, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    """The tensor in `dtype`; large ones are converted when they are saved."""
     if tensor.size <= 1 << 12:
-        return ir.Tensor(to_half(tensor.numpy()), dtype=HALF, name=name)
+        return ir.Tensor(to_half(tensor.numpy(), dtype), dtype=dtype, name=name)
 
     def read() -> ir.Tensor[Any]:
-        return ir.Tensor(to_half(tensor.numpy()), dtype=HALF, name=name)
+        return ir.Tensor(to_half(tensor.numpy(), dtype), dtype=dtype, name=name)
 
-    return ir.LazyTensor(read, dtype=HALF, shape=ir.Shape(tensor.shape.numpy()), name=name)
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)

@@ -67,7 +67,7 @@ def attention_on_cuda(found: dict[str, Any]) -> int:
     return operators.get("GroupQueryAttention", 0) + operators.get("MultiHeadAttention", 0)
 
 
-@pytest.mark.parametrize("target", ["cuda"])
+@pytest.mark.parametrize("target", ["cuda", "cuda-bf16"])
 @pytest.mark.parametrize("architecture", [*OPTIMUM, *ENCODERS])
 def test_every_float_node_runs_on_cuda(
     big_tiny_export: Export,
@@ -87,13 +87,19 @@ def test_every_float_node_runs_on_cuda(
     assert attention_on_cuda(found) == 3  # layers
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "int4-small"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("architecture", "recipe", "target"),
+    [
+        *(("llama", recipe, target) for recipe in ("int8", "int4", "int4-small") for target in ("cuda", "cuda-bf16")),
+        ("qwen2", "int4", "cuda"),
+        ("qwen3_moe", "int4", "cuda-bf16"),
+    ],
+)
 def test_quantized_nodes_run_on_cuda(
-    big_tiny_export: Export, plan: Plan, tmp_path: Path, architecture: str, recipe: str
+    big_tiny_export: Export, plan: Plan, tmp_path: Path, architecture: str, recipe: str, target: str
 ) -> None:
     source = big_tiny_export(architecture, "optimum")
-    made = onnxpress.optimize(source, output=tmp_path / "made", recipe=recipe, target="cuda", measure=False)
+    made = onnxpress.optimize(source, output=tmp_path / "made", recipe=recipe, target=target, measure=False)
     found = plan(made.directory)
     assert (found["stray"], found["inner_copies"]) == ([], [])
     assert found["operators"]["CUDAExecutionProvider"]["MatMulNBits"] > 3

@@ -11,11 +11,12 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import VOCABULARY, decoder
+from decoders import VOCABULARY, decoder, write_decoder
 
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.errors import VerificationError
 from onnxpress.compiler.linears import find_linears, unique_name
+from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.probe import Probe, kl_divergence, log_softmax
 from onnxpress.compiler.registry import find
@@ -234,3 +235,13 @@ def test_kl_is_zero_for_equal_and_positive_for_different() -> None:
     np.testing.assert_allclose(np.exp(p).sum(axis=1), 1, rtol=1e-6)
     assert kl_divergence(p, p).max() == 0
     assert kl_divergence(p, q).min() > 0
+
+
+def test_what_does_not_run_here_is_not_verified_any_more(tmp_path: Path) -> None:
+    source = write_decoder(tmp_path / "source")
+    made = optimize(source, output=tmp_path / "made", recipe="fp32", target="cuda-bf16", verify=True)
+    *_, last = made.report["verified"]
+    assert "dtype='bfloat16'" in last["pass"]
+    assert "does not run here" in last["not_verified"]
+    assert made.report["quality"]["not_measured"]
+    assert made.report["target"] == "cuda-bf16"

@@ -16,7 +16,7 @@ from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
-from onnxpress.passes.quantization.cast_float16 import LARGEST, CastFloat16, to_half
+from onnxpress.passes.quantization.cast_float16 import HALF, LARGEST, CastFloat16, to_half
 from onnxpress.passes.quantization.rtn import Rtn
 
 CUDA = Context(target=TARGETS["cuda"])
@@ -30,7 +30,7 @@ def test_law_finite_stays_finite_and_the_rest_stays(numbers: list[float]) -> Non
     half = to_half(array)
     assert np.array_equal(np.isfinite(half), np.isfinite(array))
     assert np.array_equal(np.isnan(half), np.isnan(array))
-    inside = np.abs(array) <= LARGEST
+    inside = np.abs(array) <= LARGEST[HALF]
     assert np.array_equal(half[inside], array[inside].astype(np.float16))
 
 
@@ -139,7 +139,7 @@ def test_weights_beyond_the_range_are_named() -> None:
     assert report.metrics["overflows"] == 2
     assert [skip.site for skip in report.skipped] == [f"values of {weight.name}"]
     stored = find_linears(model)[0].weight.const_value.numpy()  # type: ignore[union-attr]
-    assert stored[3, 4] == LARGEST
+    assert stored[3, 4] == LARGEST[HALF]
     assert stored[5, 6] == -np.inf
 
 
@@ -187,3 +187,22 @@ def test_control_flow_is_refused() -> None:
     model.graph.append(node)
     with pytest.raises(PreconditionError, match="without If"):
         CastFloat16().run(model, CUDA)
+
+
+def test_bfloat16_keeps_float32_where_the_opset_knows_no_such_operator() -> None:
+    """TopK takes bfloat16 from opset 24 on; a mask of float32's smallest number becomes no infinity."""
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32, name="table")
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    x = builder.op("Add", x, builder.scalar(float(np.finfo(np.float32).min)), width=32)
+    top = ir.node("TopK", [x, builder.axes(32)], num_outputs=2)
+    builder.nodes.append(top)
+    top.outputs[0].dtype, top.outputs[1].dtype = ir.DataType.FLOAT, ir.DataType.INT64
+    model = builder.finish(builder.op("Neg", top.outputs[0], width=32), False, table)
+    report = CastFloat16(dtype="bfloat16").run(model, CUDA)
+    assert 2.0**-11 < report.metrics["weight_error"] < 2.0**-8
+    types = {node.op_type: node.inputs[0].dtype for node in model.graph if node.op_type != "Cast"}  # type: ignore[union-attr]
+    assert (types["TopK"], types["Neg"], types["MatMul"]) == (ir.DataType.FLOAT, *2 * [ir.DataType.BFLOAT16])
+    weights = [value.const_value.numpy() for value in model.graph.initializers.values()]  # type: ignore[union-attr]
+    assert all(np.isfinite(array.astype(np.float32)).all() for array in weights)
+    assert not CastFloat16(dtype="bfloat16").run(model, CUDA).modified
