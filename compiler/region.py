@@ -302,7 +302,7 @@ _SMALL, _LARGE = (2, 3), 4099
 
 
 def sized_number(value: ir.Value | None) -> float | None:
-    """The number that `value` always holds because it depends on known sizes alone; None for anything else."""
+    """The number that `value` always holds because it is computed from known sizes and constants alone, else None."""
     asked: list[ir.Value] = []
     queue, seen = [value], set()
     while queue:
@@ -318,7 +318,7 @@ def sized_number(value: ir.Value | None) -> float | None:
             queue += node.inputs
         else:
             return None
-    if value is None or not asked:
+    if value is None or value.producer() is None:
         return None
     try:
         region = Region(asked, [value])
@@ -328,7 +328,7 @@ def sized_number(value: ir.Value | None) -> float | None:
         for leaf in model.graph.inputs:  # only asked for its size: of a type that numpy knows
             leaf.dtype = ir.DataType.FLOAT
         results = {_of_sizes(model, region.leaves, small) for small in _SMALL}
-        axes = max(len(leaf.shape or ()) for leaf in region.leaves)
+        axes = max((len(leaf.shape or ()) for leaf in region.leaves), default=0)
         results |= {_of_sizes(model, region.leaves, _SMALL[0], large) for large in range(axes)}
     except NotCuttable:
         return None

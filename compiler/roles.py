@@ -1,4 +1,4 @@
-"""Tells the role of a linear by what its output flows into: attention, a gated product, the residual, the logits."""
+"""Tells the role of a linear by what its output flows into: attention, a gated product, a router, the residual."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from onnxpress.compiler.linears import Linear
 
 # Roles a linear can play in a block; "linear" when nothing is known about it.
-KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "linear")
+KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "router", "linear")
 
 
 def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) -> None:
@@ -61,7 +61,11 @@ def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) 
                 packed = len(node.inputs) < 2 or node.inputs[1] is None
                 roles.add("qkv" if packed and index == 0 else "qkv"[index] if index < 3 else "other")
                 continue
+            if node.op_type == "TopK":
+                return "router"
             if node.op_type == "Softmax":
+                if _chooses(node):
+                    return "router"
                 roles.add("scores")
                 continue
             for output in node.outputs:
@@ -69,6 +73,13 @@ def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) 
                     seen.add(id(output))
                     queue.append(output)
     return _role(roles, one)
+
+
+def _chooses(softmax: ir.Node) -> bool:
+    """Whether the largest of the probabilities are picked: experts of a mixture."""
+    readers = [one for value in softmax.outputs for one in value.consumers()]
+    readers += [one for node in readers if node.op_type == "Cast" for one in node.outputs[0].consumers()]
+    return any(node.op_type == "TopK" for node in readers)
 
 
 def _role(roles: set[str], one: Linear) -> str:

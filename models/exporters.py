@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from onnxpress.compiler.errors import OnnxpressError, OptionError, UnsupportedModelError
+from onnxpress.models.experts import visiting_all
 from onnxpress.models.export import Job
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def perform(job: Job) -> dict[str, Any]:
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             # NOTE: transformers' default attention drops the soft cap without a word (Gemma 2).
             model.set_attn_implementation("eager")
-        with torch.no_grad(), _failures(architecture, job.exporter):
+        with torch.no_grad(), _failures(architecture, job.exporter), visiting_all(model) as num_routed:
+            if num_routed:
+                facts["experts"] = f"{num_routed} blocks, a few linears per expert"
             (export_optimum if job.exporter == "optimum" else export_dynamo)(model, out, opset=job.opset)
     packages = (
         "torch",
@@ -83,12 +86,33 @@ def export_optimum(model: Any, out: Path, *, opset: int) -> None:
         )
     if model.can_generate():
         model.config.use_cache = True
+        _describe(model)
     onnx_export_from_model(model, out, opset=opset, do_validation=False)
     graphs = sorted(str(path.relative_to(out)) for path in out.rglob("*.onnx"))
     if graphs != ["model.onnx"]:
         raise UnsupportedModelError(
             f"{type(model).__name__} exports to several graphs: {', '.join(graphs)}", hint="export one graph yourself"
         )
+
+
+def _describe(model: Any) -> None:
+    """Tells optimum of a decoder that it does not know: a plain cache of keys and values, inputs as Llama's.
+
+    Raises:
+        UnsupportedModelError: the model keeps something else.
+    """
+    from optimum.exporters.onnx import model_configs
+    from optimum.exporters.tasks import TasksManager
+    from optimum.utils import NormalizedTextConfigWithGQA
+
+    kind = model.config.model_type
+    if kind in TasksManager._SUPPORTED_MODEL_TYPE:
+        return
+    _cache_shapes(model)
+    own = type(
+        "PlainDecoder", (model_configs.LlamaOnnxConfig,), {"NORMALIZED_CONFIG_CLASS": NormalizedTextConfigWithGQA}
+    )
+    TasksManager.create_register("onnx")(kind, *model_configs.COMMON_TEXT_GENERATION_TASKS)(own)
 
 
 def export_dynamo(model: Any, out: Path, *, opset: int) -> None:

@@ -231,12 +231,21 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "llama3": _decoder("Llama", rope_scaling=_LLAMA3_ROPE, tie_word_embeddings=True),
     # A window longer than the test sequences would be the same as none.
     "mistral": _decoder("Mistral", sliding_window=16),
+    "mixtral": _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     "modernbert": _modernbert,
     "olmo2": _decoder("Olmo2"),
     "opt": _opt,
     "phi3": _decoder("Phi3"),
     "phi4": _decoder("Phi3", partial_rotary_factor=0.5),
     "qwen2": _decoder("Qwen2"),
+    "qwen2_moe": _decoder(
+        "Qwen2Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        shared_expert_intermediate_size=96,
+    ),
     "qwen3": _decoder("Qwen3"),
     "qwen3_moe": _decoder(
         "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1

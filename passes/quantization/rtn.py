@@ -460,6 +460,8 @@ class Rtn(Pass):
             names = [linear.name] + ["embedding"] * (embedding is not None)
             chosen = self._format(names, linear.kind, is_head=is_head)
             reason = self._refuse(names, linear.is_quantized, linear.weight, context)
+            if linear.kind == "router" and not {"router", *names} & self.overrides.keys():
+                reason = reason or "it picks the experts, and is small"
             block = _fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
             if block is None:
                 reason = reason or f"embedding width {linear.num_in} is not a multiple of any block size"
