@@ -22,6 +22,7 @@ Feeds = dict[str, Array]
 
 # Weights above this many bytes do not belong into a region: its inputs were chosen too far up.
 _LARGEST_CONSTANT = 64 << 20
+_FAR = 4000  # nodes of a region
 
 
 class NotCuttable(Exception):  # noqa: N818  (a finding, reported as the reason of a skip)
@@ -88,7 +89,7 @@ class Region:
                 if id(node) in seen:
                     continue
                 seen.add(id(node))
-                if len(seen) > 4000:
+                if len(seen) > _FAR:
                     raise NotCuttable("reaches too far up")
                 stack.append((node, True))
                 for value_in in node.inputs:

@@ -13,11 +13,13 @@ import onnx_ir as ir
 
 from onnxpress.compiler.fusing import Fuser, discard, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.region import NotCuttable
 
 _FUSED = {
     "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
     "LayerNormalization": "SkipLayerNormalization",
 }
+_FAR = 1000  # values between a residual and what is added to it; a block of an unfused export has some 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,10 @@ class FuseSkipNorm(Pass):
             if left.shape is None or right.shape is None or len(left.shape) != 3 or len(right.shape) != 3:
                 report.skip(site, "the operands are not both of rank 3")
                 continue
-            left, right = (right, left) if 1 in list(left.shape) else (left, right)  # the first gives the shape
-            if not _may_be_equal(left, right):
-                report.skip(site, "the operands differ in size")
+            try:
+                left, right = _in_order(left, right)
+            except NotCuttable as reason_to_stay:
+                report.skip(site, str(reason_to_stay))
                 continue
             if any(value.uses() for value in norm.outputs[1:]):
                 report.skip(site, "mean or deviation are read")
@@ -69,15 +72,48 @@ class FuseSkipNorm(Pass):
         return report
 
 
-def _may_be_equal(one: ir.Value, two: ir.Value) -> bool:
-    """Whether no size is known to differ; names that inference made up (unk__3) say nothing."""
-    assert one.shape is not None
-    assert two.shape is not None
-    for left, right in zip(one.shape, two.shape, strict=True):
-        names = [size if isinstance(size, int) else size.value for size in (left, right)]
-        if all(name is not None and not str(name).startswith("unk__") for name in names) and names[0] != names[1]:
-            return False
-    return True
+def _in_order(left: ir.Value, right: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The operand that has the shape of the sum, and the other: the kernel gives its result the shape of the first.
+
+    Names that shape inference made up (unk__3) are as good as others when equal: it gives none of them twice. Different
+    ones may stand for one size, or for a size and a 1: then the operand that the other is computed from is the stream.
+
+    Raises:
+        NotCuttable: the sizes differ, or nobody knows.
+    """
+    assert left.shape is not None
+    assert right.shape is not None
+    first: set[int] = set()
+    for sizes in zip(left.shape, right.shape, strict=True):
+        one, two = (size if isinstance(size, int) else size.value for size in sizes)
+        if one == two and one is not None:
+            continue
+        known = [size is not None and not str(size).startswith("unk__") for size in (one, two)]
+        if all(known):
+            raise NotCuttable("the operands differ in size")
+        if any(known):
+            first.add(known.index(1 not in (one, two)))  # beside a 1 the unknown size is that of the sum
+        else:
+            first.add(0 if _is_computed_from(right, left) else 1 if _is_computed_from(left, right) else 2)
+    if len(first) > 1 or 2 in first:
+        raise NotCuttable("it is unknown which operand has the size of the sum")
+    return (right, left) if first == {1} else (left, right)
+
+
+def _is_computed_from(value: ir.Value, source: ir.Value) -> bool:
+    """Whether `source`, or the norm that was fused with it, is found above `value`, not too far up."""
+    fused = producer(source, *_FUSED.values())
+    queue, seen = [value], {value}
+    for one in queue:  # grows
+        node = one.producer() if len(seen) < _FAR else None
+        if node is None:
+            continue
+        if source in node.inputs or node is fused:
+            return True
+        above = [each for each in node.inputs if each is not None and each not in seen]
+        seen.update(above)
+        queue += above
+    return False
 
 
 def _build(norm: ir.Node, left: ir.Value, right: ir.Value, with_sum: bool = True) -> ir.Node:

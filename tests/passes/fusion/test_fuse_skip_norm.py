@@ -36,7 +36,9 @@ def fuse(model: ir.Model) -> Counter[str]:
 def test_sum_that_is_read_again_is_an_output() -> None:
     model = residual(True)
     before = graphs.run(model)
-    assert fuse(model)["SkipSimplifiedLayerNormalization"] == 1
+    ops = fuse(model)
+    assert ops["SkipSimplifiedLayerNormalization"] == 1
+    assert ops["Add"] == 1, "the second addition alone"
     check.close(before["logits"], graphs.run(model)["logits"])
 
 
@@ -87,3 +89,107 @@ def test_operands_of_different_sizes_stay(left: list[object], right: list[object
     last = builder.op("LayerNormalization", builder.op("Add", x, y, width=32), builder.weight(32), width=32)
     report = FuseSkipNorm().run(builder.finish(last, False, table), Context())
     assert [skip.reason for skip in report.skipped] == ([] if reason is None else [reason])
+
+
+def skip(
+    body: str = "a = Add(p, x) y = LayerNormalization<epsilon=0.5>(a, w)",
+    p: str = "batch, seq, 8",
+    x: str = "batch, seq, 8",
+    more: str = "",
+) -> ir.Model:
+    """y from the inputs p and x of the given sizes; `more` outputs."""
+    weights = ", ".join(str(0.5 + 0.25 * i) for i in range(8))
+    model = ir.from_onnx_text(
+        f"""<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>
+        g (float[{p}] p, float[{x}] x) => (float[{x}] y{more}) <float[8] w = {{{weights}}}> {{ {body} }}"""
+    )
+    ir.passes.common.ShapeInferencePass()(model)
+    return model
+
+
+def streams(*shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in zip("px", shapes, strict=True)}
+
+
+@pytest.mark.parametrize("order", ["a = Add(p, x)", "a = Add(x, p)"])
+@pytest.mark.parametrize("sizes", ["unk__0, seq, 8", "unk__0, unk__1, 8"])
+def test_one_row_of_positions_is_added_to_a_batch(order: str, sizes: str) -> None:
+    """The kernel takes the shape of its first operand: with the positions there, one row would come out."""
+    model = skip(f"{order} y = LayerNormalization(a, w)", p=sizes)
+    given = streams((1, 3, 8), (2, 3, 8))
+    before = graphs.run(model, given)["y"]
+    assert FuseSkipNorm().run(model, Context()).changed == ["y"]
+    check.close(before, graphs.run(model, given)["y"])
+    assert graphs.run(model, streams((2, 3, 8), (2, 3, 8)))["y"].shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("p", "x", "reason"),
+    [
+        ("unk__0, seq, 8", "unk__1, seq, 8", "it is unknown which operand has the size of the sum"),
+        ("unk__0, seq, 8", "batch, unk__1, 8", "it is unknown which operand has the size of the sum"),
+        ("1, seq, 8", "unk__1, seq, 8", None),
+        ("unk__0, seq, 8", "unk__0, seq, 8", None),
+        ("batch, heads, seq, 8", "batch, heads, seq, 8", "the operands are not both of rank 3"),
+        ("seq, 8", "batch, seq, 8", "the operands are not both of rank 3"),
+    ],
+)
+def test_sizes_that_inference_made_up(p: str, x: str, reason: str | None) -> None:
+    report = FuseSkipNorm().run(skip(p=p, x=x), Context())
+    assert [skip.reason for skip in report.skipped] == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize("order", ["a = Add(t, p)", "a = Add(p, t)"])
+def test_what_is_added_to_the_stream_it_is_computed_from(order: str) -> None:
+    model = skip(f"u = Tanh(p) t = Mul(u, x) {order} y = LayerNormalization(a, w)", p="unk__0, unk__1, 8", x="1, 1, 8")
+    branch = next(node.outputs[0] for node in model.graph if node.op_type == "Mul")
+    branch.shape = ir.Shape(["unk__5", "unk__6", 8])
+    assert FuseSkipNorm().run(model, Context()).changed == ["y"]
+    assert [value.name for value in model.graph[-1].inputs[:2] if value is not None] == ["p", "t"]
+
+
+def test_inference_gives_no_name_twice() -> None:
+    """Equal names are taken for equal sizes: also those of a second run, on a graph with new nodes, must be new."""
+    model = skip("c = Compress<axis=1>(x, k) y = Identity(p)", p="batch, seq, 8")
+    keep = ir.val("k", ir.DataType.BOOL, ["seq"])
+    for node in [node for node in model.graph if node.op_type == "Compress"]:
+        node.replace_input_with(1, keep)
+        model.graph.inputs.append(keep)
+        for number in range(2):
+            again = ir.node("Compress", [model.graph.inputs[number], keep], {"axis": 1}, name=f"again{number}")
+            again.outputs[0].name = f"again{number}"
+            model.graph.insert_before(node, again)
+            ir.passes.common.ShapeInferencePass()(model)
+    sizes = [str(node.outputs[0].shape[1]) for node in model.graph if node.op_type == "Compress"]  # type: ignore[index]
+    assert len(set(sizes)) == 3
+    assert all(size.startswith("unk__") for size in sizes)
+
+
+def test_without_an_epsilon_it_is_that_of_the_norm() -> None:
+    """The fused operator has another default: a stream of small numbers would show it."""
+    model = skip("a = Add(p, x) y = LayerNormalization(a, w)")
+    assert FuseSkipNorm().run(model, Context()).changed == ["y"]
+    assert model.graph[0].attributes["epsilon"].as_float() == np.float32(1e-5)
+
+
+def test_mean_that_is_read_stays() -> None:
+    model = skip("a = Add(p, x) y, m = LayerNormalization(a, w) n = Neg(m)", more=", float[batch, seq, 1] n")
+    assert FuseSkipNorm().run(model, Context()).reasons() == {"mean or deviation are read": 1}
+
+
+def test_sum_that_is_an_output_is_the_operators() -> None:
+    model = skip(more=", float[batch, seq, 8] a")
+    given = streams((2, 3, 8), (2, 3, 8))
+    before = graphs.run(model, given)
+    FuseSkipNorm().run(model, Context())
+    assert [node.op_type for node in model.graph] == ["SkipLayerNormalization"]
+    for name, got in graphs.run(model, given).items():
+        check.close(before[name], got)
+
+
+def test_an_operator_of_that_name_from_elsewhere_is_not_meant() -> None:
+    model = skip("a = Add(p, x) y = com.microsoft.LayerNormalization(a, w)")
+    report = FuseSkipNorm().run(model, Context())
+    assert not report.changed
+    assert not report.skipped

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import check
 import graphs
+import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler.pass_ import Context
+from onnxpress.compiler.target import TARGETS
 from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
 
 
@@ -31,5 +33,25 @@ def test_fires_only_on_silu(kind: str, count: int) -> None:
     before = graphs.run(model)
     report = FuseSwiglu().run(model, Context())
     assert len(report.changed) == count
+    assert not report.skipped, "what is no SiLU is no SiLU that was left"
     assert sum(node.op_type == "QuickGelu" for node in model.graph) == count
     check.close(before["logits"], graphs.run(model)["logits"])
+
+
+def silu(dtype: str, outputs: str = "") -> ir.Model:
+    return ir.from_onnx_text(
+        f"""<ir_version: 9, opset_import: ["" : 18]> g ({dtype}[batch, seq, 8] x) =>
+        ({dtype}[batch, seq, 8] y{outputs}) {{ s = Sigmoid(x) y = Mul(x, s) }}"""
+    )
+
+
+def test_a_sigmoid_that_is_an_output_stays() -> None:
+    assert not FuseSwiglu().run(silu("float", ", float[batch, seq, 8] s"), Context()).changed
+
+
+def test_half_precision_is_for_the_target_that_has_a_kernel() -> None:
+    report = FuseSwiglu().run(silu("float16"), Context())
+    assert report.reasons() == {"QuickGelu has no FLOAT16 kernel on the CPU": 1}
+    model = silu("float16")
+    assert FuseSwiglu().run(model, Context(target=TARGETS["cuda"])).changed == ["y"]
+    assert model.graph[0].attributes["alpha"].as_float() == 1.0

@@ -1,0 +1,365 @@
+#!/usr/bin/env python
+"""Breaks each guard of the fusion rules once and asks whether a test notices.
+
+    python benchmarks/mutations.py [--only TEXT]
+
+Run it with the Python that has onnxpress and pytest. Every mutation is applied to a copy of the repository, one at a
+time, and the tests of its file must fail there. Prints a table; exits with 1 when a mutation survives, when the tests
+fail without any, or when the text of a mutation no longer occurs exactly once. `--only` picks by file or name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("compiler", "models", "passes", "runtime")
+TIMEOUT_S = 600
+
+_FUSION, _TESTS = "passes/fusion", "tests/passes/fusion"
+# The tests that must notice, quickest first: pytest stops at the first failure.
+TESTS = {
+    f"{_FUSION}/fuse_rmsnorm.py": (f"{_TESTS}/test_fuse_rmsnorm.py",),
+    f"{_FUSION}/fuse_rotary.py": (f"{_TESTS}/test_rotary_kinds.py", f"{_TESTS}/test_fuse_rotary.py"),
+    f"{_FUSION}/fuse_attention.py": (f"{_TESTS}/test_attention_guards.py",),
+    f"{_FUSION}/_attention.py": (f"{_TESTS}/test_attention_guards.py", f"{_TESTS}/test_encoder_attention_guards.py"),
+    f"{_FUSION}/fuse_encoder_attention.py": (f"{_TESTS}/test_encoder_attention_guards.py",),
+    f"{_FUSION}/fuse_skip_norm.py": (f"{_TESTS}/test_fuse_skip_norm.py",),
+    f"{_FUSION}/fuse_swiglu.py": (f"{_TESTS}/test_fuse_swiglu.py",),
+    f"{_FUSION}/fuse_gelu.py": (f"{_TESTS}/test_fuse_gelu.py",),
+    f"{_FUSION}/pack_qkv.py": (f"{_TESTS}/test_pack_qkv.py",),
+    f"{_FUSION}/pack_gate_up.py": (f"{_TESTS}/test_pack_gate_up.py",),
+    "compiler/projections.py": (f"{_TESTS}/test_pack_gate_up.py",),
+    "compiler/packing.py": ("tests/passes/quantization/test_rtn.py",),
+    "compiler/fusing.py": ("tests/compiler/test_fusing.py",),
+    "compiler/region.py": ("tests/compiler/test_fusing.py", "tests/compiler/test_sized_number.py"),
+    "compiler/genai.py": ("tests/compiler/test_artifact.py",),
+}
+# By file: (what goes wrong, text that occurs once, text that takes its place).
+MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    f"{_FUSION}/fuse_rmsnorm.py": (
+        ("epsilon ignored", 'ir.AttrFloat32("epsilon", found.epsilon)', 'ir.AttrFloat32("epsilon", 1e-5)'),
+        ("another axis", 'ir.AttrInt64("axis", -1)', 'ir.AttrInt64("axis", 1)'),
+        ("a mean over any axis", "not squares or not last_axis(", "not squares or not (lambda *_: True)("),
+        ("any power", "scalar(square.inputs[1]) == 2.0", "scalar(square.inputs[1]) is not None"),
+        ("any product", "else square.inputs[1] is x", "else True"),
+        ("other readers of intermediate values", "if len(readers) != 1:\n            return None", "if not readers:\n            return None"),
+        ("not divided by its own root", "and other(node, value) is x:", "and other(node, value) is not None:"),
+        ("a weight that is no vector", "if vector(weight) is not None:", "if weight is not None:"),
+        ("weight dropped", "found.gamma, found.output = weight, readers", "found.output = readers"),
+        ("the unit is an output", ' and not found.output.is_graph_output():', ":"),
+        ("width unknown", "if found.gamma is None and not isinstance(width, int):", "if False:"),
+        ("type of the ones", "int(found.x.shape[-1]), found.x.dtype or ir.DataType.FLOAT", "int(found.x.shape[-1]), ir.DataType.FLOAT"),
+    ),
+    f"{_FUSION}/fuse_rotary.py": (
+        ("cosine for sine", "operands = [found.x, positions, cos, sin]", "operands = [found.x, positions, cos, cos]"),
+        ("another operand is turned", "if x is not None and x in one.inputs:", "if x is not None:"),
+        ("not negated", 'negated = producer(joined.inputs[0], "Neg")', 'negated = producer(joined.inputs[0])'),
+        ("halves of two values", " or second.inputs[0] is not first.inputs[0]:", ":"),
+        ("partial size ignored", 'ir.AttrInt64("rotary_embedding_dim", turned)', 'ir.AttrInt64("rotary_embedding_dim", 0)'),
+        ("heads of a part ignored", 'ir.AttrInt64("num_heads", heads), ', ""),
+        ("rest of another value", "or whole is None or rest.inputs[0] is not whole:", "or whole is None:"),
+        ("rest joined in front", "or join.inputs[0] is not found.output or", "or"),
+        ("turned part is an output", "join.inputs[0] is not found.output or found.output.is_graph_output():", "join.inputs[0] is not found.output:"),
+        ("turned part has other readers", "join = joins[0] if len(joins) == 1 and", "join = joins[0] if"),
+        ("width of heads unknown", "if not isinstance(turned, int) or heads is None or width is None:", "if not isinstance(turned, int):"),
+        ("any graph input is the positions", 'leaves = [leaf for leaf in leaves if leaf.name == "position_ids"]', "leaves = leaves[:1]"),
+        ("two counts", "if len(found) != 1 or found[0].shape is None", "if found[0].shape is None"),
+        ("positions not for each row", "positions = source if source.is_graph_input() else", "positions = source if True else"),
+        ("few beside many positions untried", ", [[0, 1, 2], [0, 1, length - 1]]):", "):"),
+        ("angles depend on an activation", 'if any(node.op_type != "Shape" for node in readers):', "if False:"),
+        ("table of double angles", "for n in (0, self.length, 1)]", "for n in (0, 2 * self.length, 2)]"),
+        ("the other half of the table", "[halves.outputs[0], shape]", "[halves.outputs[1], shape]"),
+        ("length ignored", 'int(context.config.get("max_position_embeddings") or 4096)', "4096"),
+    ),
+    f"{_FUSION}/fuse_attention.py": (
+        ("DROPPED SCALE", '            ir.AttrFloat32("scale", found.scale),\n', ""),
+        ("DROPPED WINDOW", 'ir.AttrInt64("local_window_size", window)', 'ir.AttrInt64("local_window_size", -1)'),
+        ("IGNORED MASK", "total, found.cos, found.sin, None, bias]", "total, found.cos, found.sin, None, None]"),
+        (
+            "WRONG LENGTHS",
+            'last = made.node("ArgMax", [summed], axis=1, keepdims=0)',
+            'last = made.node("Sub", [made.node("ReduceSum", [mask, made.const(np.array([1]), "list")], keepdims=0),'
+            ' made.const(np.array(1), "one")])',
+        ),
+        ("soft cap ignored", "if found.softcap:", "if False:"),
+        ("heads and key-value heads swapped", 'ir.AttrInt64("kv_num_heads", found.num_kv_heads)', 'ir.AttrInt64("kv_num_heads", found.num_heads)'),
+        ("interleaved rotary ignored", 'ir.AttrInt64("rotary_interleaved", found.interleaved)', 'ir.AttrInt64("rotary_interleaved", 0)'),
+        ("rotary dropped", 'ir.AttrInt64("do_rotary", 1)', 'ir.AttrInt64("do_rotary", 0)'),
+        ("positions passed on", "found.cos, found.sin, None, bias]", "found.cos, found.sin, found.positions, bias]"),
+        ("past keys and values swapped", "operands = [q, k, v, found.past_k, found.past_v,", "operands = [q, k, v, found.past_v, found.past_k,"),
+        ("head size that the kernel lacks", "if found.head_size % 8:", "if False:"),
+        ("no mask taken for causal", 'if found.mask is None:\n            raise NotCuttable("no mask', 'if False:\n            raise NotCuttable("no mask'),
+        ("mask from any input", "            if leaf.is_graph_input() and rank(leaf) == 2 and leaf.dtype in integers", "            if leaf.is_graph_input() and leaf.dtype in integers"),
+        ("gaps in the mask", "if seen.size != total or count == 0 or not seen[-count:].all():", "if seen.size != total or count == 0:"),
+        ("all is taken for a window", "return -1 if count == total else count", "return count"),
+        ("probe shorter than the window", "max([64, *constants, *named])", "max([8])"),
+        ("padding on the left untried", "        if not self.left:\n            return\n", "        return\n"),
+        ("windows untried", "if self.window > 0:\n            steps", "if False:\n            steps"),
+        ("padded rows compared", "array = array * seen[:, -array.shape[1] :, None]", "pass"),
+        ("norm of heads dropped", "nodes.append(again)\n            apart = again.outputs[0]", "apart = value"),
+        ("heads joined without turning", 'ir.AttrInt64s("perm", [0, 2, 1, 3])], name=f"{value.name}/swap"', 'ir.AttrInt64s("perm", [0, 1, 2, 3])], name=f"{value.name}/swap"'),
+        ("what rotary refuses is left", "if found.cos is None:\n                        raise", "if True:\n                        raise"),
+        ("bias for padding on the right too", 'self.padding == "any")', "True)"),
+        ("present values for keys", "outputs = [found.output, found.present_k, found.present_v]", "outputs = [found.output, found.present_v, found.present_k]"),
+    ),
+    f"{_FUSION}/_attention.py": (
+        ("scale of the queries ignored", "scale=scale * q_scale * k_scale", "scale=scale * k_scale"),
+        ("scale of the keys ignored", "scale=scale * q_scale * k_scale", "scale=scale * q_scale"),
+        ("scale above the soft cap ignored", "scale *= softcap  #", "#"),
+        ("values are scaled", 'if v_scale != 1.0:\n        raise NotCuttable("the values', 'if False:\n        raise NotCuttable("the values'),
+        ("condition of a selecting mask", 'mask = node.inputs[0] if node.op_type == "Where" else', "mask ="),
+        ("two masks", "if len(up) != 1 or mask is not None:", "if len(up) != 1:"),
+        ("anything between scores and Softmax", 'raise NotCuttable(f"{node.op_type} between the scores and the Softmax")', "value = node.inputs[0]"),
+        ("cache of any origin", "if past is None or new is None or not past.is_graph_input():", "if past is None or new is None:"),
+        ("other readers of probabilities", 'if len(readers) != 1:\n            break\n        node = readers[0]\n        if node.op_type == "MatMul" and node', 'if not readers:\n            break\n        node = readers[0]\n        if node.op_type == "MatMul" and node'),
+        ("probabilities are an output", 'if value.is_graph_output():\n            raise NotCuttable("the prob', 'if False:\n            raise NotCuttable("the prob'),
+        ("product is an output", 'if value.is_graph_output():\n            raise NotCuttable("the product', 'if False:\n            raise NotCuttable("the product'),
+        ("probabilities are replaced", 'if node.op_type == "Where" and not (', "if False and not ("),
+        ("any guard", "test is not None and test.inputs[0] is value and", "test is not None and"),
+        ("size of the product is asked", "if not all(_ends_in(node, walked) for node in sizes):", "if False:"),
+        ("rotary of other angles", "if not same or q.inputs[0] is None", "if q.inputs[0] is None"),
+        ("interleaved rotary ignored", "found.interleaved = 0 if attribute is None else attribute.as_int()", "found.interleaved = 0"),
+        ("any turn of the heads", 'list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose', "not transpose"),
+        ("query heads of the cache", "return static(self.q, 2) // self.head_size", "return self.num_kv_heads"),
+    ),
+    f"{_FUSION}/fuse_encoder_attention.py": (
+        ("scale dropped", ', ir.AttrFloat32("scale", found.scale)]', "]"),
+        ("scale of the queries ignored", "scale * q.scale * k.scale, mask", "scale * k.scale, mask"),
+        ("mask dropped", "operands = [q, k, v, None, None, bias]", "operands = [q, k, v, None, None, None]"),
+        ("Softmax over another axis", "if axis is not None and axis.as_int() not in (-1, 3):", "if False:"),
+        ("a cache", "if _has_cache(scores.inputs[1]):", "if False:"),
+        ("soft cap ignored", "if softcap:", "if False:"),
+        ("selecting mask added", "if mask is not None and mask.dtype == ir.DataType.BOOL:", "if False:"),
+        ("values are scaled", "if v.scale != 1.0:", "if False:"),
+        ("replaced probabilities", "product_with_values(softmax, is_guard_passed=False)", "product_with_values(softmax)"),
+        ("head count swapped with width", "heads, width = static(scores.outputs[0], 1), static(product.outputs[0], 3)", "width, heads = static(scores.outputs[0], 1), static(product.outputs[0], 3)"),
+        ("mask written out once for all shapes", "bias = biases[id(found.mask)] = add(", "bias = add("),
+        ("one mask for all layers", "biases.get(id(found.mask))", "next(iter(biases.values()), None)"),
+        ("a refused mask is kept", "            del biases[id(found.mask)]", "            pass"),
+        ("masks of one row untried", "(2, 4, 2), (2, 4, 0)):", "):"),
+        ("heads joined without turning", 'ir.AttrInt64s("perm", [0, 2, 1, 3])])', 'ir.AttrInt64s("perm", [0, 1, 2, 3])])'),
+        ("keys turned otherwise", "perm not in (turn, [0, 2, 3, 1]):", "perm is None:"),
+    ),
+    f"{_FUSION}/fuse_skip_norm.py": (
+        ("epsilon ignored", "1e-5 if epsilon is None else epsilon.as_float()", "1e-5"),
+        ("default epsilon of the other operator", "1e-5 if epsilon is None else", "1e-12 if epsilon is None else"),
+        ("bias dropped", "operands = [left, right, *norm.inputs[1:]]", "operands = [left, right, norm.inputs[1]]"),
+        ("a constant is a residual", "or left.const_value is not None or right.const_value is not None:", "or False:"),
+        ("any rank", " or len(left.shape) != 3 or len(right.shape) != 3:", ":"),
+        ("broadcast", 'if all(known):\n            raise', 'if False:\n            raise'),
+        ("positions first", "return (right, left) if first == {1} else (left, right)", "return left, right"),
+        ("unknown beside a 1", "known.index(1 not in (one, two))", "known.index(True)"),
+        ("made-up names are sizes", 'size is not None and not str(size).startswith("unk__")', "size is not None"),
+        ("unknown order", "if len(first) > 1 or 2 in first:", "if len(first) > 1:"),
+        ("two orders", "if len(first) > 1 or 2 in first:", "if 2 in first:"),
+        ("branch first", "first.add(0 if _is_computed_from(right, left) else 1", "first.add(1 if _is_computed_from(right, left) else 0"),
+        ("mean is read", "if any(value.uses() for value in norm.outputs[1:]):", "if False:"),
+        ("sum is read", "len(add.outputs[0].uses()) > 1 or add.outputs[0].is_graph_output()", "add.outputs[0].is_graph_output()"),
+        ("sum is an output", "len(add.outputs[0].uses()) > 1 or add.outputs[0].is_graph_output()", "len(add.outputs[0].uses()) > 1"),
+        ("another operator of that name", "if norm.op_type not in _FUSED or norm.domain:", "if norm.op_type not in _FUSED:"),
+    ),
+    f"{_FUSION}/fuse_swiglu.py": (
+        ("alpha", 'ir.AttrFloat32("alpha", 1.0)', 'ir.AttrFloat32("alpha", 1.702)'),
+        ("alpha left to the operator", "[x], alpha, name", "[x], [], name"),
+        ("sigmoid is read twice", "len(readers) != 1 or readers", "not readers or readers"),
+        ("sigmoid is an output", ' or node.outputs[0].is_graph_output():', ":"),
+        ("gate of another value", "if other(readers[0], node.outputs[0]) is not x:", "if other(readers[0], node.outputs[0]) is None:"),
+        ("type that the CPU lacks", "if x.dtype not in (ir.DataType.FLOAT, None) and", "if False and"),
+        ("CUDA has that type", ' and context.target.provider == "cpu":', ":"),
+    ),
+    f"{_FUSION}/fuse_gelu.py": (
+        ("forms swapped", '{"Erf": "Gelu", "Tanh": "FastGelu"}', '{"Erf": "FastGelu", "Tanh": "Gelu"}'),
+        ("vectors inside", "value.const_value is None or value.const_value.size != 1 for", "value.const_value is None for"),
+        ("other inputs", "region.leaves == [x]\n", "x in region.leaves\n"),
+        ("not around the anchor", "and anchor in region.nodes\n", "and True\n"),
+        ("type that the CPU lacks", "if x.dtype not in (ir.DataType.FLOAT, None) and", "if False and"),
+        ("other readers", "if len(readers) != 1 or readers[0].op_type not in _INSIDE or", "if not readers or readers[0].op_type not in _INSIDE or"),
+        ("an output in between", " or value.is_graph_output():\n            break", ":\n            break"),
+        ("the half stays outside", "return found[::-1]", "return found"),
+        ("soft caps are reported", 'if anchor.op_type == "Erf":', "if True:"),
+    ),
+    f"{_FUSION}/pack_qkv.py": (
+        ("keys first", "packed = projections.pack(fuser, found,", "packed = projections.pack(fuser, found[::-1],"),
+        ("other readers", "if value is not None and len(value.uses()) == 1 else None", "if value is not None else None"),
+        ("obstacles ignored", "if reason is not None:", "if False:"),
+        ("norms of heads", "if len(found) != 3:", "if len(found) < 1:"),
+        ("cache of any origin", "if any(producer(node.inputs[place]", "if False and any(producer(node.inputs[place]"),
+        ("packed already", ' or node.inputs[1] is None:', ":"),
+    ),
+    f"{_FUSION}/pack_gate_up.py": (
+        ("up first", "parts = (gate, up)", "parts = (up, gate)"),
+        ("halves swapped", "outputs = [one.output for one in parts]", "outputs = [one.output for one in parts[::-1]]"),
+        ("up has other readers", "if value is not None and len(value.uses()) == 1 else None", "if value is not None else None"),
+        ("another activation", "gate.activation is up.activation and", "True and"),
+        ("one product twice", " and gate.output is not up.output:", ":"),
+        ("two gates", "if len(found) == 1 else None", "if found else None"),
+        ("another axis", 'ir.AttrInt64("axis", -1)', 'ir.AttrInt64("axis", 1)'),
+        ("old Split", 'if model.opset_imports.get("", 18) < _SPLIT_OPSET:', "if False:"),
+        ("obstacles ignored", "if reason is not None:", "if False:"),
+    ),
+    "compiler/projections.py": (
+        ("an output", "if value is None or value.is_graph_output():", "if value is None:"),
+        ("product before the bias is read", "if len(inner.uses()) != 1 or inner.is_graph_output() or", "if inner.is_graph_output() or"),
+        ("product before the bias is an output", "if len(inner.uses()) != 1 or inner.is_graph_output() or", "if len(inner.uses()) != 1 or"),
+        ("order of columns", "if any(one is not None for one in node.inputs[4:]):", "if False:"),
+        ("bias of another width", "_sizes(bias) != [found.width] else found", "False else found"),
+        ("two inputs", "if len({id(one.activation) for one in parts}) != 1:", "if False:"),
+        ("one bias alone", "if len({one.bias is None for one in parts}) != 1:", "if False:"),
+        ("formats", "if any(one.format != parts[0].format for one in parts):", "if False:"),
+        ("weights read by others", "if any(len(value.uses()) != 1 or value.is_graph_output() for value in stored):", "if any(value.is_graph_output() for value in stored):"),
+        ("weights are outputs", "if any(len(value.uses()) != 1 or value.is_graph_output() for value in stored):", "if any(len(value.uses()) != 1 for value in stored):"),
+        ("rows along the other axis", 'return 1 if node.op_type == "MatMul" else 0', "return 0"),
+        ("names that are taken", "    while name in taken or", "    while False and name in taken or"),
+    ),
+    "compiler/packing.py": (
+        ("high bits first", "<< np.uint8(slot * bits)", "<< np.uint8(8 - bits - slot * bits)"),
+        ("implicit zero", "np.float32(2 ** (bits - 1)) if zero_NG is None", "np.float32(0) if zero_NG is None"),
+        ("zero points dropped", "blocks_NGb -= zero", "blocks_NGb -= zero * 0"),
+        ("rows not padded", "padding = -zeros_NG.shape[1] % per_byte", "padding = 0"),
+        ("default block", '_int(node, "block_size", 128)', '_int(node, "block_size", 32)'),
+        ("padding columns kept", "padded[:, :num_columns] = codes_NK", "padded[:, -num_columns:] = codes_NK"),
+    ),
+    "compiler/fusing.py": (
+        ("EVERYTHING IS ACCEPTED", "self.verdicts[key] = self._compare(old, new, leaves, feeds, valid)", "self.verdicts[key] = None"),
+        ("any difference", "TOLERANCE.get(dtype, 1e-4),", "1.0,"),
+        ("verdicts of the old form alone", "key = old.signature() + new.signature()", "key = old.signature()"),
+        ("names lost", "            new.name = name\n", ""),
+        ("graph outputs lost", "replace_all_uses_with(new, replace_graph_outputs=True)", "replace_all_uses_with(new)"),
+        ("shapes lost", "new.shape, new.type = old.shape, old.type", "new.type = old.type"),
+        ("leftovers in an unchanged graph", "        graph.remove(self.inserted[::-1], safe=True)\n", ""),
+        ("order", "            graph.sort()\n", ""),
+        ("names of other constants taken", "held.dtype == array.dtype and np.array_equal(held, array):", "True:"),
+        ("division taken for a product", "return (left, 1.0 / number) if number else", "return (left, number) if number else"),
+        ("any axis is the last", "return axes == [-1] or (rank is not None and axes == [rank - 1])", "return True"),
+        ("several numbers are one", "value.const_value is None or value.const_value.size != 1:\n        return None\n    return float", "value.const_value is None:\n        return None\n    return float"),
+        ("opset of its own", 'self.model.opset_imports.get("", 18)', "11"),
+    ),
+    "compiler/region.py": (
+        ("tolerance", "if not worst <= tolerance:", "if worst > 1e9:"),
+        ("NaN agrees", "if not worst <= tolerance:", "if worst > tolerance:"),
+        ("shapes may differ", "if one.shape != two.shape:", "if False:"),
+        ("attributes not in the signature", 'for name in sorted(node.attributes):', "for name in ():"),
+        ("constants not in the signature", "if tensor.size <= 64:", "if False:"),
+        ("inputs not in the signature", "digest.update(str(number[id(value)]).encode())", "pass"),
+        ("widths not in the signature", 'digest.update(f"{leaf.dtype}{_rank_and_width(leaf)}".encode())', "pass"),
+        ("all inputs zero", "rng.standard_normal(sizes).astype(dtype) if is_float else", "np.zeros(sizes, dtype) if is_float else"),
+        ("caches not carried over", "feed.after(want), feed.after(got)", "feed, feed"),
+        ("any number of nodes", "if len(seen) > _FAR:", "if False:"),
+        ("weights of any size", "if value.const_value.nbytes > _LARGEST_CONSTANT:", "if False:"),
+        ("unknown shapes", 'raise NotCuttable(f"shape of {leaf.name} is unknown")\n        sizes = [\n', "shape = []\n        sizes = [\n"),
+        ("outputs by another index", "outputs[self.carry[place]] if", "outputs[0] if"),
+        ("one size tried", "_SMALL, _LARGE = (2, 3), 4099", "_SMALL, _LARGE = (2,), 2"),
+    ),
+    "compiler/genai.py": (
+        ("past and present of other layers", "or past[0] != present[0]:", "or False:"),
+        ("layers with gaps", "if key_layers != value_layers or key_layers != set(range(len(key_layers))):", "if key_layers != value_layers:"),
+        ("keys without values", "if key_layers != value_layers or key_layers", "if key_layers"),
+        ("two families of names", 'if len(numbers["k"]) != 1 or len(numbers["v"]) != 1:', "if False:"),
+        ("cache of a Concat is shared", 'if node is None or node.op_type != "GroupQueryAttention":', "if node is None:"),
+        ("past of any origin", "past is not None and past.is_graph_input() and len", "past is not None and len"),
+        ("size of the past is asked", " and len(past.uses()) == 1 for past", " for past"),
+        ("head size for heads", "num_heads=dims[1] if dims else None", "num_heads=dims[3] if dims else None"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One guard that is broken: in `file`, `old` becomes `new`, and `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def obstacle(self, root: Path = ROOT) -> str | None:
+        """Why it cannot be applied; None when `old` occurs exactly once."""
+        count = (root / self.file).read_text(encoding="utf-8").count(self.old)
+        return None if count == 1 else f"{self.file}: {self.name}: the old text occurs {count} times, expected 1"
+
+
+def mutations() -> list[Mutation]:
+    """All of them, in the order of the table."""
+    return [Mutation(name, file, old, new, TESTS[file]) for file, rows in MUTATIONS.items() for name, old, new in rows]
+
+
+def copy_of_repository(target: Path) -> None:
+    """The packages below one name, as they install, and the tests: imported from there, whatever is installed."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in (*PACKAGES, "onnxpress", "tests"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("pyproject.toml", "benchmarks"):
+        (shutil.copy if (ROOT / name).is_file() else shutil.copytree)(ROOT / name, target / name)
+    for name in PACKAGES:
+        (target / "onnxpress" / name).symlink_to(target / name)
+
+
+def fails(tests: tuple[str, ...], root: Path) -> bool:
+    """Whether `tests` fail in the copy at `root`; a run without end counts as a failure."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode > 1:  # no test ran; below 0 the process crashed, which a test may well find
+        raise SystemExit(f"pytest {' '.join(tests)} returned {done.returncode}:\n{done.stdout.decode()[-2000:]}")
+    return done.returncode != 0
+
+
+def run(chosen: list[Mutation], root: Path) -> Iterator[tuple[Mutation, bool, float]]:
+    """(mutation, whether a test noticed, seconds), one after the other, in the copy at `root`."""
+    for tests in dict.fromkeys(one.tests for one in chosen):
+        if fails(tests, root):
+            raise SystemExit(f"{' '.join(tests)}: fails without a mutation")
+    for one in chosen:
+        path, started = root / one.file, time.perf_counter()
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(one.old, one.new), encoding="utf-8")
+        try:
+            is_killed = fails(one.tests, root)
+        finally:
+            path.write_text(text, encoding="utf-8")
+        yield one, is_killed, time.perf_counter() - started
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose file or name contains TEXT")
+    only: str = parser.parse_args().only
+    chosen = [one for one in mutations() if only in f"{one.file}: {one.name}"]
+    obstacles = [reason for one in chosen if (reason := one.obstacle()) is not None]
+    if obstacles or not chosen:
+        print("\n".join(obstacles) or f"no mutation contains {only!r}", file=sys.stderr)
+        return 1
+    table, survivors = Table("file", "mutation", "result", "seconds"), 0
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        root = Path(folder) / "repository"
+        root.mkdir()
+        copy_of_repository(root)
+        for one, is_killed, seconds in run(chosen, root):
+            result = "killed" if is_killed else "SURVIVED"
+            survivors += not is_killed
+            print(f"{result}  {one.file}: {one.name}", file=sys.stderr, flush=True)
+            table.add_row(one.file, one.name, result, f"{seconds:.1f}")
+    Console().print(table)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
