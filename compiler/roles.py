@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -166,7 +167,11 @@ _ACTIVATIONS = ("Sigmoid", "QuickGelu", "Gelu", "FastGelu", "Erf", "Tanh", "Relu
 
 
 def _split_gate_up(linears: list[Linear]) -> None:
-    """Of two linears whose outputs are multiplied, the one that an activation function touches is the gate."""
+    """Of two linears whose outputs are multiplied, the one that an activation function touches is the gate.
+
+    Where only one reads the activation, the layer is not gated, and it is the one that goes up (GPT-2).
+    """
+    together = Counter(id(one.activation) for one in linears if one.kind == "gate_up")
     for one in linears:
         if one.kind != "gate_up":
             continue
@@ -179,7 +184,7 @@ def _split_gate_up(linears: list[Linear]) -> None:
             continue  # both halves in one matrix
         activated = any(node.op_type in _ACTIVATIONS for node in consumers)
         gated = any(node.op_type == "Mul" for node in consumers) or activated
-        one.kind = "gate" if activated and gated else "up"
+        one.kind = "gate" if activated and gated and together[id(one.activation)] > 1 else "up"
 
 
 def _adds_constant(node: ir.Node) -> bool:
