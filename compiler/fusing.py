@@ -62,7 +62,10 @@ class Fuser:
             old = Region(inputs, outputs)
             new = Region(old.leaves, new_outputs)
             leaves = new.leaves
-            key = old.signature() + new.signature()
+            # Layers differ in the weights that both forms read; what only one reads, as a mask's table, is part of it.
+            held = {id(value) for value in new.constants}
+            shared = [value for value in old.constants if id(value) in held]
+            key = old.signature(shared) + new.signature(shared)
             if key not in self.verdicts:
                 self.verdicts[key] = self._compare(old, new, leaves, feeds, valid)
             return self.verdicts[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,13 @@ class Region:
                     visit(value_in, node)
         self.nodes = order
 
-    def signature(self) -> str:
-        """Equal for regions that compute the same function of equally shaped inputs (weights apart)."""
+    def signature(self, apart: Collection[ir.Value] = ()) -> str:
+        """Equal for regions that compute the same function of equally shaped inputs.
+
+        Args:
+            apart: weights of which only type and shape count.
+        """
+        ignored = {id(value) for value in apart}
         number = {id(value): index for index, value in enumerate(self.leaves)}
         digest = hashlib.sha256()
         for node in self.nodes:
@@ -114,7 +119,7 @@ class Region:
                 elif value.const_value is not None:
                     tensor = value.const_value
                     digest.update(f"{tensor.dtype}{tensor.shape}".encode())
-                    if tensor.size <= 64:
+                    if tensor.size <= 64 or id(value) not in ignored:
                         digest.update(tensor.tobytes())
             for value in node.outputs:
                 number[id(value)] = len(number)

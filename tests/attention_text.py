@@ -91,8 +91,10 @@ def _model(inputs: str, outputs: str, parts: Mapping[str, str], scale: float, wi
         "cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32),
         "cos2": np.cos(angles / 2).astype(np.float32), "gain": rng.uniform(0.5, 2.0, WIDTH).astype(np.float32),
         "w": (rng.standard_normal((HEADS * WIDTH, 32)) / 8).astype(np.float32),
+        "table": np.tril(np.ones((1, 1, 2 * LENGTH, 2 * LENGTH), bool)),
+        "band": np.triu(np.tril(np.ones((1, 1, 2 * LENGTH, 2 * LENGTH), bool)), -5),  # six tokens wide
     }  # fmt: skip
-    types = {np.dtype(np.int64): "int64", np.dtype(np.float32): "float"}
+    types = {np.dtype(np.int64): "int64", np.dtype(np.float32): "float", np.dtype(bool): "bool"}
     declared = ", ".join(f"{types[array.dtype]}{list(array.shape)} {name}" for name, array in arrays.items())
     model = ir.from_onnx_text(
         f"""<ir_version: 9, opset_import: ["" : 18, "com.microsoft" : 1]>

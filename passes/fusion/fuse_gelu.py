@@ -64,13 +64,7 @@ def _candidates(anchor: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
                 region = Region([x], [output])
             except NotCuttable:
                 continue
-            if any(value.const_value is None or value.const_value.size != 1 for value in region.constants):
-                continue  # GELU has numbers only; the verdict on one vector would be taken for that on the next
-            if (
-                region.leaves == [x]
-                and anchor in region.nodes
-                and all(node.op_type in _INSIDE for node in region.nodes)
-            ):
+            if region.leaves == [x] and all(node.op_type in _INSIDE for node in region.nodes):
                 yield x, output
 
 
@@ -85,7 +79,7 @@ def _products(anchor: ir.Node) -> list[ir.Value]:
         value = readers[0].outputs[0]
         if readers[0].op_type in ("Mul", "Div"):
             found.append(value)
-    return found[::-1]  # a trailing product with one half belongs to it
+    return found
 
 
 def _ancestors(anchor: ir.Node) -> list[ir.Value]:

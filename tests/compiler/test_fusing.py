@@ -98,6 +98,27 @@ def test_the_verdict_on_one_width_is_not_that_on_another() -> None:
         assert (verdict(made, new, value, result, fuser) is None) == agrees
 
 
+def test_the_verdict_on_one_table_is_not_that_on_another() -> None:
+    """Weights are left out of the signature where both forms read them: a table that only one reads is not."""
+    made = model(
+        "a = Mul(x, ones) b = Mul(x, twos) c = Mul(x, threes) y = Sum(a, b, c)",
+        inputs="float[batch, seq, 96] x, float[96] ones, float[96] twos, float[96] threes",
+        outputs="float[batch, seq, 96] y",
+    )
+    for value in made.graph.inputs[1:]:
+        number = {"ones": 1.0, "twos": 2.0, "threes": 3.0}[str(value.name)]
+        value.const_value = ir.tensor(np.full(96, number, np.float32), name=value.name)
+        made.graph.register_initializer(value)
+    del made.graph.inputs[1:]
+    fuser, x = Fuser(made, Report()), named(made, "x")
+    assert verdict(made, ir.Node("", "Identity", [x]), "x", "a", fuser) is None
+    assert verdict(made, ir.Node("", "Identity", [x]), "x", "b", fuser) is not None
+    fuser.verdicts.clear()
+    for weight, result in (("twos", "b"), ("threes", "c")):
+        assert verdict(made, ir.Node("", "Mul", [named(made, weight), x]), "x", result, fuser) is None
+    assert len(fuser.verdicts) == 1, "equal layers are run once"
+
+
 def test_the_region_runs_with_the_opset_of_the_model() -> None:
     made = model("y = ReduceMean<axes=[-1]>(x)", outputs="float[batch, seq, 1] y", opset=13)
     copy = ir.Node("", "ReduceMean", [named(made, "x")], [ir.AttrInt64s("axes", [-1])])

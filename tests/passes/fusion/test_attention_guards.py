@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import attention_text as text
+import check
+import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -67,6 +70,28 @@ def test_parameters_are_carried_over(case: str) -> None:
     assert "Softmax" not in {node.op_type for node in model.graph}
     for padding, want in before.items():
         text.check_same(want, model, padding)
+
+
+def test_layers_whose_masks_lie_in_tables_have_their_own_windows() -> None:
+    """Both layers are the same but for the contents of one large constant (GPT-Neo)."""
+    reads = "lines = Gather<axis=2>({}, places) cut = Gather<axis=3>(lines, cols) visible = And(cut, seen)"
+    mask = P["mask"].replace("visible = And(causal, seen)", reads.format("table"))
+    layer = " ".join({**P, "mask": mask.replace("table", "band")}.values())
+    names = "|".join([*re.findall(r"(\w+) =", layer), "past_k", "past_v"])
+    second = re.sub(rf"\b({names})\b", r"\g<1>_2", layer)
+    cache = f"float[batch, {text.KV_HEADS}, {{}}, {text.WIDTH}]"
+    model = text.attention(
+        mask=mask,
+        project=f"first = MatMul(joined, w) {second} y = Add(first, y_2)",
+        inputs="".join(f", {cache.format('past_len')} past_{name}_2" for name in "kv"),
+        outputs="".join(f", {cache.format('total_len')} present_{name}_2" for name in "kv"),
+    )
+    empty = np.zeros((2, text.KV_HEADS, 0, text.WIDTH), np.float32)
+    feeds = {**next(text.conversation()), "past_k_2": empty, "past_v_2": empty}
+    before = graphs.run(model, feeds)["y"]
+    report = fuse(model)
+    assert [row["window"] for row in report.ledger] == [-1, 6], report.reasons()
+    check.close(before, graphs.run(model, feeds)["y"], tolerance=1e-4)
 
 
 # What other tools drop in silence: each gives other numbers, so running both forms must refuse it.

@@ -142,7 +142,7 @@ def test_values_in_between_that_are_outputs_stay(output: str) -> None:
 
 
 def test_values_in_between_that_others_read_stay() -> None:
-    body = "h = Mul(x, t) z = Neg(h) y = Mul(h, half)"
+    body = "h = Mul(x, t) y = Mul(h, half) z = Neg(h)"
     assert not FuseGelu().run(text(body, outputs=", float[batch, seq, 8] z"), Context()).changed
 
 

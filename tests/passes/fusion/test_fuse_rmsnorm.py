@@ -115,7 +115,7 @@ def test_values_in_between_that_others_need(more: str, count: int) -> None:
     width = 1 if more == "r" else 32
     name = "z" if more == "r" else "n"
     head = f"{OPSET} (float[batch, seq, 32] x) => (float[batch, seq, 32] y, float[batch, seq, {width}] {name})"
-    model = case(f"r = Sqrt(e) {read} i = Reciprocal(r) n = Mul(x, i) y = Mul(n, w)", head=head)
+    model = case(f"r = Sqrt(e) i = Reciprocal(r) n = Mul(x, i) y = Mul(n, w) {read}", head=head)
     before = graphs.run(model, X)
     report, ops = fuse(model)
     assert len(report.changed) == count
