@@ -64,7 +64,7 @@ def _gated(node: ir.Node) -> tuple[Projection, Projection] | None:
         if up is None:
             continue
         gate = _behind_activation(node.inputs[1 - place])
-        if gate is not None and gate.activation is up.activation and gate.output is not up.output:
+        if gate is not None and gate.activation is up.activation:
             return gate, up
     return None
 

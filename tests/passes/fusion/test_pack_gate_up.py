@@ -104,6 +104,76 @@ def test_what_a_graph_output_needs_stays(what: str) -> None:
     check.close(before["extra"], graphs.run(model)["extra"], tolerance=1e-6)
 
 
+TEXTS: dict[str, tuple[str, list[str]]] = {
+    "plain": ("a = Relu(g) p = Mul(a, u)", []),
+    "of another input": ("h = MatMul(z, wu) a = Relu(g) p = Mul(a, h)", []),
+    "of itself": ("a = Relu(g) p = Mul(a, g)", []),
+    "of two gates": ("h = MatMul(x, wh) a = Relu(g) b = Tanh(h) c = Add(a, b) p = Mul(c, u)",
+                     ["gate or up is read elsewhere too, or held in a way that cannot be joined"]),
+    "product before the bias is read": (
+        "f = Add(g, bias) v = Add(u, bias2) a = Relu(f) b = Mul(a, v) n = ReduceSum(g) p = Mul(b, n)",
+        ["some projections have a bias and some have none"],
+    ),
+    "bias wider than the product": (
+        "h = MatMul(x, one) k = MatMul(x, one2) f = Add(h, bias) v = Add(k, bias2) a = Relu(f) p = Mul(a, v)",
+        ["gate or up is read elsewhere too, or held in a way that cannot be joined"],
+    ),
+}  # fmt: skip
+
+
+def written(body: str, outputs: str = "") -> ir.Model:
+    """p from g = x wg and u = x wu, both [batch, seq, 8], by `body`."""
+    shapes = {"wg": (4, 8), "wu": (4, 8), "wh": (4, 8), "one": (4, 1), "one2": (4, 1), "bias": (8,), "bias2": (8,)}
+    declared = ", ".join(f"float{list(shape)} {name}" for name, shape in shapes.items())
+    model = ir.from_onnx_text(
+        f"""<ir_version: 9, opset_import: ["" : 18]> g (float[batch, seq, 4] x, float[batch, seq, 4] z, {declared}) =>
+        (float[batch, seq, 8] p{outputs}) {{ g = MatMul(x, wg) u = MatMul(x, wu) {body} }}"""
+    )
+    rng = np.random.default_rng(0)
+    for value in [one for one in model.graph.inputs if one.name in shapes]:
+        model.graph.inputs.remove(value)
+        array = rng.standard_normal(shapes[str(value.name)]).astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+        model.graph.register_initializer(value)
+    ir.passes.common.ShapeInferencePass()(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_what_is_gated_and_what_is_not(case: str) -> None:
+    body, reasons = TEXTS[case]
+    model = written(body)
+    rng = np.random.default_rng(1)
+    given = {name: rng.standard_normal((2, 3, 4)).astype(np.float32) for name in "xz"}
+    before = graphs.run(model, given)["p"]
+    report = PackGateUp().run(model, Context())
+    assert len(report.changed) == (case == "plain")
+    assert [skip.reason for skip in report.skipped] == reasons
+    check.close(before, graphs.run(model, given)["p"], tolerance=1e-6)
+
+
+def test_a_weight_that_is_an_output_stays() -> None:
+    model = written("a = Relu(g) p = Mul(a, u)")
+    model.graph.outputs.append(model.graph.initializers["wu"])
+    reason = "other nodes read a weight too: joined, it would be stored twice"
+    assert PackGateUp().run(model, Context()).reasons() == {reason: 1}
+
+
+def test_an_order_of_columns_stays() -> None:
+    """The fifth input of MatMulNBits, which a product of both weights could have only one of."""
+    model = gated("Relu")
+    Rtn(bits=4, block_size=16).run(model, Context())
+    for node in [node for node in model.graph if node.op_type == "MatMulNBits"]:
+        order = ir.Value(name=f"{node.name}.order", const_value=ir.tensor(np.zeros(WIDTH, np.int32)))
+        model.graph.register_initializer(order)
+        node.resize_inputs(5)
+        node.replace_input_with(4, order)
+    report = PackGateUp().run(model, Context())
+    assert not report.changed
+    assert len(report.skipped) == 1
+
+
 def test_two_layers_in_one_scope_get_names_of_their_own() -> None:
     builder = graphs.Builder(WIDTH, 96, 0)
     table = builder.weight(96, WIDTH, name="table")
