@@ -71,6 +71,34 @@ def find_cache(model: ir.Model) -> Cache | None:
     )
 
 
+def settle_head_sizes(model: ir.Model, config: Mapping[str, Any]) -> None:
+    """Writes the size of a head into caches that leave it symbolic; onnxruntime-genai's builder declares them so.
+
+    Args:
+        model: its caches [batch, heads, length, size] are changed where a GroupQueryAttention reads or makes them.
+        config: `config.json`; asked when the graph does not say how wide the queries are.
+    """
+    for node in model.graph:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        size = _head_size(node, config.get("text_config") or config)
+        for value in (*node.inputs[3:5], *node.outputs[1:3]):
+            shape = None if value is None else value.shape
+            if size and value is not None and shape is not None and len(shape) == 4 and not isinstance(shape[3], int):
+                value.shape = ir.Shape([*shape[:3], size])
+
+
+def _head_size(node: ir.Node, config: Mapping[str, Any]) -> int | None:
+    heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    queries, is_packed = node.inputs[0], node.inputs[1] is None
+    width = queries.shape[-1] if queries is not None and queries.shape is not None else None
+    if isinstance(width, int):
+        return width // (heads + 2 * kv_heads if is_packed else heads)
+    hidden = config.get("hidden_size")
+    size = config.get("head_dim") or (hidden // heads if isinstance(hidden, int) else None)
+    return size if isinstance(size, int) else None
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens that a model was made for, None when its `config.json` does not say."""
     text = config.get("text_config") or config

@@ -94,11 +94,11 @@ def add_initializer(graph: ir.Graph, base: str, array: npt.NDArray[Any]) -> ir.V
 
 
 def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.Node:
-    """Puts a MatMulNBits in the place of the linear's node; the bias of a Gemm becomes an Add behind it.
+    """Puts a MatMulNBits in the place of the linear's node; the bias of a Gemm or MatMulNBits becomes an Add behind it.
 
     `linear` is updated to what it is afterwards, so that nothing keeps the old weight alive.
     """
-    node, old_weight = linear.node, linear.weight
+    node, old_operands = linear.node, (linear.weight, *linear.node.inputs[1:])
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     # Not `linear.activation`: another replacement may have put a new value there.
@@ -106,9 +106,11 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
     assert activation is not None
     multiply = _matmul_node(activation, stored, accuracy_level, node.name)
     new_nodes = [multiply]
-    if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+    index = {"Gemm": 2, "MatMulNBits": 5}.get(linear.holder, len(node.inputs))
+    bias = node.inputs[index] if len(node.inputs) > index else None
+    if bias is not None:
         _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/product")
-        new_nodes.append(ir.Node("", "Add", [multiply.outputs[0], node.inputs[2]], name=f"{node.name}/bias"))
+        new_nodes.append(ir.Node("", "Add", [multiply.outputs[0], bias], name=f"{node.name}/bias"))
     old_nodes = [node]
     if linear.holder == "Transpose+MatMul":
         turned = node.inputs[1].producer()  # type: ignore[union-attr]
@@ -117,12 +119,13 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
     replace(graph, node, old_nodes, new_nodes, [linear.output], [new_nodes[-1].outputs[0]])
     linear.node, linear.holder, linear.weight = multiply, "MatMulNBits", stored.codes
     linear.activation, linear.output = activation, multiply.outputs[0]
-    drop_unused(graph, old_weight)
+    for operand in old_operands:
+        drop_unused(graph, operand)
     return multiply
 
 
 def replace_embedding(embedding: Embedding, stored: Stored, *, shared: bool, explicit_zero: bool) -> ir.Node:
-    """Puts a GatherBlockQuantized in the place of the Gather.
+    """Puts a GatherBlockQuantized in the place of the Gather or of an earlier GatherBlockQuantized.
 
     Args:
         embedding: the table and its node; updated to what it is afterwards.
@@ -131,7 +134,8 @@ def replace_embedding(embedding: Embedding, stored: Stored, *, shared: bool, exp
             them; the gather then reads them through a Reshape.
         explicit_zero: write zero points even if all are 2^(bits - 1): older CUDA kernels take 0 for granted.
     """
-    node, table, matrix = embedding.node, embedding.table, stored.matrix
+    node, matrix = embedding.node, stored.matrix
+    old_operands = (node.inputs[0], *node.inputs[2:])
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     rows = matrix.codes.shape[0]
@@ -156,7 +160,14 @@ def replace_embedding(embedding: Embedding, stored: Stored, *, shared: bool, exp
     gather = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=node.name)
     replace(graph, node, [node], [gather], [node.outputs[0]], [gather.outputs[0]])
     embedding.node, embedding.table = gather, codes
-    drop_unused(graph, table)
+    for operand in old_operands:
+        reshape = None if operand is None else operand.producer()
+        read = [operand]
+        if reshape is not None and reshape.op_type == "Reshape" and not reshape.outputs[0].uses():
+            read = list(reshape.inputs)  # the codes of a tied head
+            graph.remove(reshape, safe=True)
+        for value in read:
+            drop_unused(graph, value)
     return gather
 
 

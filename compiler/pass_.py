@@ -205,12 +205,30 @@ def build(cls: type[Pass], arguments: dict[str, Any]) -> Pass:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, each tensor object counted once."""
+    """Bytes of all initializers and Constant nodes, those of branches and loops included; each tensor counted once."""
     seen: dict[int, int] = {}
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            seen[id(value.const_value)] = value.const_value.nbytes
+    graphs: list[ir.Graph] = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                seen[id(value.const_value)] = value.const_value.nbytes
+        for node in graph:
+            if node.op_type == "Constant" and (tensor := node.attributes.get("value")) is not None:
+                seen[id(tensor.value)] = tensor.value.nbytes
+            graphs += subgraphs(node)
     return sum(seen.values())
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The branches of an If, or the body of a Loop or Scan."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found += attribute.as_graphs()
+    return found
 
 
 @contextlib.contextmanager

@@ -27,12 +27,21 @@ _TYPES: dict[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
 # Sizes for symbolic dimensions of inputs that are not text; the first word found in the dimension's name counts.
-_SIZES = {"batch": 2, "channel": 3, "height": 224, "width": 224, "sequence": 8, "length": 8}
+_SIZES = {"batch": 2, "channel": 3, "height": 224, "width": 224}
+# Sizes for all others, under this key: a graph does not say what its pads and strides need, so they are tried in turn.
+_FREE = ""
+_LENGTHS = (8, 32, 64, 224, 256, 512, 576, 640)
+# Whether a nameless size in front of fixed ones, as in [2, ?, 128], is the batch.
+_MIDDLE = "between"
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,29 @@ class Probe:
         """
         return {name: _random(name, value, seed, sizes or {}) for name, value in self.inputs.items()}
 
+    def run_random(self, seed: int, sizes: dict[str, int]) -> dict[str, Array]:
+        """All outputs for `random_feeds`. Free sizes are tried until the model runs and then noted in `sizes`, so that
+        another form of the model gets the same inputs.
+
+        Raises:
+            Exception: what ONNX Runtime says to the first sizes, when it runs with none.
+        """
+        if _FREE in sizes or not any(_is_free(dim) for one in self.inputs.values() for dim in one.shape):
+            return self.run(self.random_feeds(seed, sizes))
+        first: Exception | None = None
+        for middle in (False, True):
+            for length in _LENGTHS:
+                tried = {**sizes, _FREE: length, **({_MIDDLE: _SIZES["batch"]} if middle else {})}
+                try:
+                    outputs = self.run(self.random_feeds(seed, tried))
+                except Exception as error:  # ORT has one exception type per C++ code
+                    first = first or error
+                else:
+                    sizes.update(tried)
+                    return outputs
+        assert first is not None
+        raise first
+
     def next_cache(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         """What a decoder's outputs are as cache inputs of the next step, paired in the order of declaration."""
         pasts = [name for name in self.inputs if "past" in name]
@@ -177,12 +209,19 @@ def _random(name: str, value: Any, seed: int = 0, sizes: Mapping[str, int] | Non
     models that declare their inputs in another order."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     shape = _fill(value.shape, {}, None, {**_SIZES, **(sizes or {})})
+    if value.type not in _TYPES:
+        raise ValueError(f"input {name!r} takes {value.type}, of which there are no random samples")
     dtype = _TYPES[value.type]
     if np.issubdtype(dtype, np.floating):
         return rng.standard_normal(shape).astype(dtype)
     if "mask" in name:
         return np.ones(shape, dtype)
     return rng.integers(0, 2 if dtype is np.bool_ else 8, shape).astype(dtype)
+
+
+def _is_free(dim: Any) -> bool:
+    """Whether neither the graph nor the name of the dimension says how large it is."""
+    return not isinstance(dim, int) and not any(word in str(dim or "").lower() for word in _SIZES)
 
 
 def _fill(
@@ -199,5 +238,8 @@ def _fill(
             sizes.append(rest)
         else:
             word = str(dim or "").lower()
-            sizes.append(next((size for key, size in (named or {}).items() if key in word), 2 if axis == 0 else 8))
+            known = named or {}
+            is_between = _MIDDLE in known and isinstance(shape[-1], int)
+            rest_of = known[_MIDDLE] if is_between else 2 if axis == 0 else known.get(_FREE, _LENGTHS[0])
+            sizes.append(next((size for key, size in known.items() if key and key in word), rest_of))
     return sizes

@@ -111,7 +111,7 @@ class LossMeter:
         about: where the ids come from, for the card.
         sample: gives both, when they are needed: it has a tokenizer to read.
         split: also run the finished model without rounding activations, to tell that error from the weights'.
-        sizes: of symbolic dimensions, for models without text; see `Probe.random_feeds`.
+        sizes: of symbolic dimensions, for models without text; see `Probe.run_random`, which adds to it.
         quality: filled by `finish`, for the card.
     """
 
@@ -120,7 +120,7 @@ class LossMeter:
     ids: Ids | None = None
     about: str = ""
     split: bool = False
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     sample: Callable[[], tuple[Ids, str]] | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     _reference: Future[Outputs | None] | None = None
@@ -217,7 +217,7 @@ class LossMeter:
 
     def _run(self, probe: Probe) -> Outputs:
         if self.ids is None or not probe.is_language_model:
-            return probe.run(probe.random_feeds(sizes=self.sizes))
+            return probe.run_random(0, self.sizes)
         self._is_causal = any("past" in name for name in probe.inputs)
         return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
 
@@ -258,14 +258,14 @@ class Verifier:
         work_dir: scratch folder for snapshots.
         vocab_size: bound of the sample token ids.
         seed: of the sample inputs.
-        sizes: of symbolic dimensions, for models without text; see `Probe.random_feeds`.
+        sizes: of symbolic dimensions, for models without text; see `Probe.run_random`, which adds to it.
         results: one row per verified pass, for the card.
     """
 
     work_dir: Path
     vocab_size: int = 0
     seed: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     results: list[dict[str, Any]] = field(default_factory=list)
     _outputs: Outputs | None = None
     _path: Path | None = None
@@ -333,7 +333,7 @@ class Verifier:
     def _run(self, path: Path) -> Outputs:
         probe = Probe(path, threads=1)
         if not probe.is_language_model:
-            return probe.run(probe.random_feeds(self.seed, self.sizes))
+            return probe.run_random(self.seed, self.sizes)
         return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxpress.compiler.errors import BadModelFileError
+from onnxpress.compiler.genai import settle_head_sizes
 from onnxpress.compiler.threads import in_thread
 from onnxpress.models import onnx_file
 from onnxpress.models.source import COMPANION_FILES, Source
@@ -96,6 +97,7 @@ def onnx_source(
         config = _config_from_genai(genai)
     if genai and not generation_config:
         generation_config = {key: config[key] for key in _GENAI_GENERATION if key in config}
+    settle_head_sizes(model, config)
     hashing = None
     if provenance is None:
         provenance = {

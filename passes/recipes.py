@@ -58,9 +58,13 @@ def fp32(target: Target) -> tuple[Pass, ...]:
     return (*fuse(target), *pack(target))
 
 
+# As overrides, not as options of the head: a model may have neither head nor embedding.
+_WIDE_HEAD: Overrides = {kind: {"block_size": 64} for kind in ("head", "embedding")}
+
+
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
-    return (*fuse(target), Rtn(bits=8, block_size=32, head_block_size=64), *pack(target))
+    return (*fuse(target), Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD), *pack(target))
 
 
 # Half the scales of gate and up cost no accuracy that was seen; those of any other matrix do.

@@ -146,3 +146,37 @@ def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Arr
 def text(model: ir.Model) -> bytes:
     """The model serialized, weights included; equal bytes mean an unchanged model."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+_BRANCHING = """<ir_version: 7, opset_import: ["": 11]>
+branching (float[?, ?] sound, float[?, 56] state, bool flag) => (float[n, 40] likely, float[n, 64] features) {
+    kernel = Constant <value = float {0}> ()
+    classes = Constant <value = float {0}> ()
+    lifted = Unsqueeze <axes = [1]> (sound)
+    waves = Conv <strides = [16]> (lifted, kernel)
+    half_waves = Relu (waves)
+    means = ReduceMean <axes = [-1], keepdims = 0> (half_waves)
+    pooled = Concat <axis = -1> (means, state)
+    chosen = If (flag) <
+        then_branch = then () => (float[n, 64] turned) {
+            inner_weight = Constant <value = float {0}> ()
+            turned = MatMul (pooled, inner_weight)
+        },
+        else_branch = else () => (float[n, 64] same) { same = Identity (pooled) }
+    >
+    scores = MatMul (chosen, classes)
+    likely = Softmax <axis = -1> (scores)
+    features = Identity (pooled)
+}"""
+
+
+def branching() -> ir.Model:
+    """A convolution, a branch with a product and one that hands on a value from around it, and a classifier; inputs and
+    weights as old exporters write them: sizes without names, weights in Constant nodes and inside of the branches."""
+    model, rng = ir.from_onnx_text(_BRANCHING), np.random.default_rng(0)
+    shapes = {"kernel": (8, 1, 32), "classes": (64, 40), "inner_weight": (64, 64)}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "Constant":
+            array = (rng.standard_normal(shapes[node.outputs[0].name or ""]) * 0.2).astype(np.float32)
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, name=node.outputs[0].name))
+    return model

@@ -69,6 +69,7 @@ def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
         ("nodes", f"{summary.nodes:,}"),
         ("parameters", number(summary.parameters)),
         ("weights", f"{size(summary.bytes)}, {summary.bits_per_weight:.2f} bits per weight"),
+        ("quantized", "; ".join(f"{how}: {count}" for how, count in summary.quantized.items()) or "no weights"),
         ("one token", f"{number(summary.flops_per_token)} operations, reads {size(summary.bytes_per_token)}"),
         (
             "cached token",

@@ -95,7 +95,8 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
         console.print(table(escape(str(card["name"])), columns, rows, left=2))
     for row in card["passes"]:
         for skip in row["skipped"]:
-            console.print(f"{escape(row['pass'])} skipped {skip['count']}: {escape(skip['reason'])}")
+            name, _, _ = row["pass"].partition("(")
+            console.print(f"{escape(name)} skipped {skip['count']}: {escape(skip['reason'])}")
     for warning in card.get("warnings", ()):
         console.print(f"warning: {escape(warning)}; `onnxpress explain-fusion` says why")
     before, after = card["size"]["bytes_before"], card["size"]["bytes_after"]

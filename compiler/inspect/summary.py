@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxpress.compiler.blocks import Block, find_blocks
 from onnxpress.compiler.genai import Cache, find_cache
 from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
+from onnxpress.compiler.other_weights import quantized_formats
 from onnxpress.compiler.pass_ import weight_bytes
 from onnxpress.compiler.report import operators
 
@@ -75,6 +76,7 @@ class Summary:
         bits_per_weight: 8 * bytes / parameters of linears and embeddings.
         blocks: the repeated parts, in order.
         kinds: role to facts.
+        quantized: format to how many weights are stored so, whoever quantized them.
         flops_per_token: multiplications and additions of one decode step with an empty cache.
         flops_per_cached_token: further ones for each token in the cache.
         bytes_per_token: weights read for one decode step.
@@ -92,6 +94,7 @@ class Summary:
     bits_per_weight: float
     blocks: list[BlockFacts]
     kinds: dict[str, KindFacts]
+    quantized: dict[str, int]
     flops_per_token: int
     flops_per_cached_token: int
     bytes_per_token: int
@@ -160,6 +163,7 @@ def summarize(
         bits_per_weight=round(8 * stored / numbers, 4) if numbers else 0.0,
         blocks=list(rows.values()),
         kinds=kinds,
+        quantized=quantized_formats(model, linears, embeddings),
         flops_per_token=sum(2 * _work(linear) for linear in linears),
         flops_per_cached_token=_attention_flops(model, cache, config or {}),
         bytes_per_token=sum(linear.nbytes for linear in linears)

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from onnxpress.compiler.linears import drop_unused, unique_name
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
 
 # What ONNX Runtime 1.31 loads; newer IR versions and opsets fail at load.
 IR_VERSION = 10
@@ -63,7 +63,7 @@ class Simplify(Pass):
         for value in [one for one in graph.inputs if one.name in graph.initializers and one.name not in COUNTS]:
             graph.inputs.remove(value)
             report.change(f"input {value.name}")
-        before = len(graph)
+        before = _sizes(graph)
         logging.getLogger("onnxscript").setLevel(logging.WARNING)
         for number in range(_MAX_ROUNDS if self.shapes else _FIRST_ROUNDS):
             size = len(graph)
@@ -72,8 +72,9 @@ class Simplify(Pass):
                 _infer_shapes(model)  # once for all nodes: types tell which casts do nothing
             elif len(graph) == size:
                 break
-        if before != len(graph):
-            report.change("graph", nodes_before=before, nodes_after=len(graph))
+        after = _sizes(graph)
+        if before != after:
+            report.change("graph", nodes_before=before[0], nodes_after=after[0])
         for name in _share_equal_weights(graph):
             report.change(f"shared {name}")
         for name in _fold_transposes(graph):
@@ -119,16 +120,45 @@ def _lift_tensors(graph: ir.Graph) -> int:
     return len(lifted)
 
 
+def _sizes(graph: ir.Graph) -> tuple[int, int]:
+    """Nodes and initializers, those of branches and loops included."""
+    sizes = [_sizes(inner) for node in graph for inner in subgraphs(node)]
+    return len(graph) + sum(one for one, _ in sizes), len(graph.initializers) + sum(two for _, two in sizes)
+
+
 def _fold(model: ir.Model, shapes: bool) -> None:
     """One round of folding and clean-up; a folded value can make the next one foldable."""
     optimizer.fold_constants(
         model, onnx_shape_inference=shapes, output_size_limit=_LARGEST_FOLDED, should_fold=_may_fold
     )
-    common.IdentityEliminationPass()(model)
+    _drop_identities(model)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.DeduplicateInitializersPass()(model)
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """onnx_ir's elimination, but for outputs that must have a maker of their own.
+
+    A branch or loop gives out what it makes itself, not a value from around it; and one value cannot be two outputs.
+    """
+    kept = [
+        node
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+        if node.op_type == "Identity" and node.outputs[0].is_graph_output() and _is_others(node.inputs[0], node)
+    ]
+    for node in kept:
+        node.domain = "kept"
+    common.IdentityEliminationPass()(model)
+    for node in kept:
+        node.domain = ""
+
+
+def _is_others(value: ir.Value | None, reader: ir.Node) -> bool:
+    """Whether the value is made outside of the reader's graph, or is an output already."""
+    maker = None if value is None else value.producer()
+    return maker is not None and (maker.graph is not reader.graph or value.is_graph_output())  # type: ignore[union-attr]
 
 
 def _may_fold(node: ir.Node) -> bool | None:

@@ -264,6 +264,19 @@ def product_with_values(softmax: ir.Node, is_guard_passed: bool = True) -> ir.No
     raise NotCuttable("no product of probabilities and values below the Softmax")
 
 
+def weighs_values(softmax: ir.Node) -> bool:
+    """Whether a product reads what the Softmax makes, as in any attention, however it is written."""
+    values, seen = list(softmax.outputs), 0
+    while values and seen < 16:
+        seen += 1
+        for node in values.pop().consumers():
+            if node.op_type in ("MatMul", "Einsum"):
+                return True
+            if node.op_type in (*_MOVES, "Where", "Dropout", "Mul"):
+                values += node.outputs[:1]
+    return False
+
+
 def joined_output(product: ir.Node) -> ir.Value:
     """The value [B, S, H D] that the heads are joined into."""
     value = product.outputs[0]

@@ -26,6 +26,7 @@ from onnxpress.passes.fusion._attention import (
     static,
     to_cache,
     unscaled,
+    weighs_values,
 )
 
 
@@ -41,8 +42,8 @@ class FuseEncoderAttention(Pass):
         fuser = Fuser(model, report, context.seed)
         biases: dict[int, ir.Value] = {}  # by id of the mask
         for node in list(model.graph):
-            if node.op_type != "Softmax":
-                continue
+            if node.op_type != "Softmax" or not weighs_values(node):
+                continue  # of a classifier or a router
             site = node.name or node.outputs[0].name or "attention"
             try:
                 _fuse(fuser, site, _read(node), biases)
@@ -90,7 +91,7 @@ def _read(softmax: ir.Node) -> _Attention:
     """
     axis = softmax.attributes.get("axis")
     if axis is not None and axis.as_int() not in (-1, 3):
-        raise NotCuttable("the Softmax is not over the keys")
+        raise NotCuttable("the Softmax is not over the last of four axes [batch, heads, queries, keys]")
     found = read_scores(softmax)
     scores, mask, scale = found.product, found.mask, found.scale
     if _has_cache(scores.inputs[1]):

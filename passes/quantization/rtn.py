@@ -38,6 +38,7 @@ from onnxpress.compiler.nbits import (
     slow_kernel,
     store,
 )
+from onnxpress.compiler.other_weights import find_other_weights, node_format
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 
@@ -339,6 +340,7 @@ class Rtn(Pass):
     head_bits: int | None = None  # of embedding and head; None: as the linears
     head_block_size: int | None = None
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
+    requantize: bool = False  # matrices that MatMulNBits or GatherBlockQuantized holds already: read back, rounded anew
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
     # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
     # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
@@ -394,9 +396,15 @@ class Rtn(Pass):
             self._check_kernel(self._format([], "", is_head=is_head), context.target.provider)
         report = Report()
         linears = find_linears(model, expand_pairs=True)
-        embeddings = _token_tables(find_embeddings(model, linears))
+        tables = find_embeddings(model, linears)
+        embeddings = _token_tables(tables)
         self._check_effect(linears, embeddings)
         sites = self._plan(linears, embeddings, context, report)
+        for table in tables:
+            if table not in embeddings:
+                report.skip(table.table.name or "table", "narrower than the token table: kept exact")
+        for other in find_other_weights(model, linears, tables):
+            report.skip(other.site, other.reason)
         for site in sites:
             self._check_kernel(site.format, context.target.provider)
         loss = norm = 0.0
@@ -459,17 +467,20 @@ class Rtn(Pass):
             is_head = linear.kind == "head" or embedding is not None
             names = [linear.name] + ["embedding"] * (embedding is not None)
             chosen = self._format(names, linear.kind, is_head=is_head)
-            reason = self._refuse(names, linear.is_quantized, linear.weight, context)
+            block = _fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
+            reason = self._refuse(names, linear.node, chosen._replace(block_size=block or 0), linear.weight, context)
             if linear.kind == "router" and not {"router", *names} & self.overrides.keys():
                 reason = reason or "it picks the experts, and is small"
-            block = _fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
             if block is None:
                 reason = reason or f"embedding width {linear.num_in} is not a multiple of any block size"
             if reason is None and block is not None:
                 key = id(linear.weight), linear.holder == "MatMul"
                 chosen = chosen._replace(block_size=block)
-                new = _Site(linear.name, chosen, linear.w_NK, _dtype(linear.weight), linear.shape)
-                if new.shape[0] * -(-new.shape[1] // block) * (block * chosen.bits // 8 + 4) >= linear.nbytes:
+                new = _Site(linear.name, chosen, linear.w_NK, _dtype(linear.node, linear.weight), linear.shape)
+                if (
+                    not linear.is_quantized
+                    and new.shape[0] * -(-new.shape[1] // block) * (block * chosen.bits // 8 + 4) >= linear.nbytes
+                ):
                     report.skip(linear.name, "codes and scales would take no less than the weights do")
                     continue
                 site = sites.setdefault(key, new)
@@ -487,25 +498,32 @@ class Rtn(Pass):
         for number, embedding in enumerate(one for one in embeddings if not _is_tied(one)):
             name = "embedding" if number == 0 else f"embedding.{number + 1}"
             chosen = self._format([name], "embedding", is_head=True)
-            is_quantized = embedding.node.op_type != "Gather"
-            reason = self._refuse([name], is_quantized, embedding.table, context)
             block = _fitting_block(embedding.width, chosen.block_size, chosen.bits, exact=True)
+            chosen = chosen._replace(block_size=block or 0)
+            reason = self._refuse([name], embedding.node, chosen, embedding.table, context)
             if reason is not None or block is None:
                 report.skip(name, reason or f"width {embedding.width} is not a multiple of any block size")
                 continue
             key = id(embedding.table), False
             shape = embedding.num_rows, embedding.width
-            chosen = chosen._replace(block_size=block)
-            site = sites.setdefault(key, _Site(name, chosen, embedding.table_VH, _dtype(embedding.table), shape))
+            dtype = _dtype(embedding.node, embedding.table)
+            site = sites.setdefault(key, _Site(name, chosen, embedding.table_VH, dtype, shape))
             site.embeddings.append(embedding)
         return list(sites.values())
 
-    def _refuse(self, names: list[str], is_quantized: bool, weight: ir.Value, context: Context) -> str | None:
-        if is_quantized:
-            return "already quantized"
+    def _refuse(
+        self, names: list[str], node: ir.Node, chosen: _Format, weight: ir.Value, context: Context
+    ) -> str | None:
+        if stored := node_format(node):
+            if not self.requantize:
+                return f"already quantized: {stored}; requantize=True rounds it anew"
+            if stored == _described(node.op_type, chosen):
+                return f"already quantized: {stored}, as asked for"
+            if len(node.inputs) > 4 and node.op_type == "MatMulNBits" and node.inputs[4] is not None:
+                return f"already quantized: {stored}, with its columns in another order (g_idx)"
         if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude):
             return "excluded"
-        dtype = _dtype(weight)
+        dtype = _dtype(node, weight)
         if dtype == ir.DataType.DOUBLE or (dtype == ir.DataType.BFLOAT16 and context.target.provider == "cpu"):
             return f"there is no kernel for {dtype.name.lower()} activations"
         return None
@@ -575,5 +593,13 @@ def _fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> in
     return None if exact and width % block else block
 
 
-def _dtype(value: ir.Value) -> ir.DataType:
-    return ir.DataType.FLOAT if value.const_value is None else value.const_value.dtype
+def _described(operator: str, chosen: _Format) -> str:
+    """What `node_format` says of a matrix that is stored so."""
+    zeros = "" if chosen.symmetric else ", zero points"
+    return f"{operator}, {chosen.bits} bits in blocks of {chosen.block_size}{zeros}"
+
+
+def _dtype(node: ir.Node, weight: ir.Value) -> ir.DataType:
+    """Float type of a weight; of codes that of their scales."""
+    value = node.inputs[2] if node_format(node) else weight
+    return ir.DataType.FLOAT if value is None or value.const_value is None else value.const_value.dtype

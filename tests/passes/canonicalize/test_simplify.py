@@ -72,3 +72,28 @@ def test_two_weights_that_only_begin_alike_stay_two() -> None:
     Simplify().run(model, Context())
     assert np.array_equal(before["logits"], graphs.run(model)["logits"])
     assert len(find_linears(model)) == 3
+
+
+def test_a_branch_keeps_an_output_of_its_own() -> None:
+    """It may hand on a value from around it, which is an output there already: neither may take the other's place."""
+    model = graphs.branching()
+    feeds = {
+        "sound": np.ones((2, 64), np.float32),
+        "state": np.ones((2, 56), np.float32),
+        "flag": np.array(False),
+    }
+    before = graphs.run(model, feeds)
+    Simplify().run(model, Context())
+    after = graphs.run(model, feeds)
+    assert list(before) == list(after)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_what_changes_inside_of_a_branch_is_reported() -> None:
+    model = graphs.branching()
+    Simplify().run(model, Context())
+    assert not Simplify().run(model, Context()).modified
+    (branches,) = [node for node in model.graph if node.op_type == "If"]
+    inner = branches.attributes["then_branch"].as_graph()
+    inner.append(ir.node("Neg", inner.outputs[:1]))  # that nobody reads
+    assert Simplify().run(model, Context()).changed == ["graph"]

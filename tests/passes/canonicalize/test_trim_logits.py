@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphs
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -36,3 +37,11 @@ def test_a_second_time_changes_nothing(trimmed):
     before = len(trimmed.graph)
     pipeline.run(trimmed, pipeline.parse("trim_logits"), Context())
     assert len(trimmed.graph) == before
+
+
+def test_an_encoder_is_none_of_its_business():
+    builder = graphs.Builder(64, 96, 0)
+    table = builder.weight(96, 64)
+    model = builder.finish(builder.op("Gather", table, builder.ids, width=64, axis=0), False, table)
+    ((_, report),) = pipeline.run(model, pipeline.parse("trim_logits"), Context())
+    assert (report.changed, report.skipped) == ([], [])

@@ -241,7 +241,8 @@ def test_second_run_skips_with_a_reason() -> None:
     Rtn().run(model, Context())
     report = Rtn().run(model, Context())
     assert not report.modified
-    assert report.reasons() == {"already quantized": 6}
+    stored = "MatMulNBits, 4 bits in blocks of 32"
+    assert report.reasons() == {f"already quantized: {stored}; requantize=True rounds it anew": 6}
 
 
 def test_overrides_by_role_and_by_name() -> None:
