@@ -108,6 +108,9 @@ def _is_cache(value: ir.Value) -> bool:
 
 def _rows(node: ir.Node) -> int:
     table = node.inputs[0]
+    source = table.producer() if table is not None else None
+    if source is not None and source.op_type == "Transpose" and _is_float_matrix(source.inputs[0]):
+        return int(source.inputs[0].const_value.shape[1])  # type: ignore[union-attr, arg-type]
     return int(table.const_value.shape[0]) if table is not None and table.const_value is not None else 0  # type: ignore[arg-type]
 
 
@@ -116,12 +119,18 @@ def _width(node: ir.Node) -> int:
     table = node.inputs[0]
     if table is None or table.const_value is None:
         source = table.producer() if table is not None else None
+        if source is not None and source.op_type == "Transpose" and _is_float_matrix(source.inputs[0]):
+            return int(source.inputs[0].const_value.shape[0])  # type: ignore[union-attr, arg-type]  # a tied head's weight
         is_view = source is not None and source.op_type == "Reshape" and node.op_type == "GatherBlockQuantized"
         return _width_of_scales(node) if is_view else 0
     if node.op_type == "GatherBlockQuantized":
         return _width_of_scales(node)
-    tensor = table.const_value
-    return int(tensor.shape[1]) if len(tensor.shape) == 2 and tensor.dtype.is_floating_point() else 0  # type: ignore[arg-type]
+    return int(table.const_value.shape[1]) if _is_float_matrix(table) else 0  # type: ignore[arg-type]
+
+
+def _is_float_matrix(value: ir.Value | None) -> bool:
+    tensor = None if value is None else value.const_value
+    return tensor is not None and len(tensor.shape) == 2 and tensor.dtype.is_floating_point()
 
 
 def _width_of_scales(node: ir.Node) -> int:

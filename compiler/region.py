@@ -287,7 +287,7 @@ def random_feed(
             continue
         shape = leaf.shape
         if shape is None:
-            raise NotCuttable(f"the graph does not say the shape of {leaf.name}, so no samples can be made")
+            raise NotCuttable("the shape of what it reads is unknown, so no samples can be made")
         sizes = [
             size if isinstance(size, int) else (dims["batch"] if axis == 0 else dims["sequence"])
             for axis, size in enumerate(shape)
@@ -350,7 +350,7 @@ def _of_sizes(model: ir.Model, leaves: Sequence[ir.Value], small: int, large_axi
     feeds = []
     for leaf in leaves:
         if leaf.shape is None:
-            raise NotCuttable(f"the graph does not say the shape of {leaf.name}, so no samples can be made")
+            raise NotCuttable("the shape of what it reads is unknown, so no samples can be made")
         tried = [_LARGE if axis == large_axis else small + axis for axis in range(len(leaf.shape))]
         sizes = [size if isinstance(size, int) else one for size, one in zip(leaf.shape, tried, strict=True)]
         feeds.append(np.zeros(sizes, np.float32))

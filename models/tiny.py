@@ -216,6 +216,7 @@ _LLAMA3_ROPE = {
 }
 _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "bert": _renamed("Bert", "ForMaskedLM", {}),
+    "bert_classifier": _renamed("Bert", "ForSequenceClassification", {}, num_labels=10),
     "bloom": _renamed("Bloom", "ForCausalLM", {"intermediate_size": "", "max_position_embeddings": ""}),
     "distilbert": _renamed("DistilBert", "ForMaskedLM", _DISTILBERT_NAMES),
     "falcon": _renamed("Falcon", "ForCausalLM", _FALCON_NAMES),

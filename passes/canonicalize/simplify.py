@@ -225,14 +225,19 @@ def _fold_transposes(graph: ir.Graph) -> Iterator[str]:
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or source.const_value is None or not source.is_initializer():
             continue
-        if len(source.uses()) != 1 or node.outputs[0].is_graph_output() or source.is_graph_output():
-            continue  # tied: a transposed copy would double it
+        if node.outputs[0].is_graph_output() or source.is_graph_output():
+            continue
+        is_tied = len(source.uses()) != 1
+        if is_tied and not (_is_gathered(node.outputs[0]) and len(source.const_value.shape) == 2):
+            continue  # a transposed copy would double it
         tensor = source.const_value
         permutation = node.attributes.get("perm")
         axes = tuple(permutation.as_ints()) if permutation is not None else tuple(range(len(tensor.shape)))[::-1]
-        new = _transposed(graph, tensor, axes, f"{source.name}/transposed")
+        new = _transposed(graph, tensor, axes, f"{source.name}/{'rows' if is_tied else 'transposed'}")
         node.outputs[0].replace_all_uses_with(new)
         graph.remove(node, safe=True)
+        if is_tied:  # the table is stored as it is gathered, the head reads it through a Transpose
+            _read_transposed(graph, new, source)
         drop_unused(graph, source)
         yield source.name or "weight"
 

@@ -318,7 +318,7 @@ def _ask_batch_of_one(graph: ir.Graph, leaf: ir.Value) -> None:
     """Turns the last input, of which just the batch size is asked, into a constant with one row."""
     given = graph.inputs.pop()
     if leaf.shape is None:
-        raise NotCuttable(f"the graph does not say the shape of {leaf.name}, so no samples can be made")
+        raise NotCuttable("the shape of what it reads is unknown, so no samples can be made")
     sizes = [size if isinstance(size, int) else 1 for size in leaf.shape]
     row = constant(graph, np.zeros(sizes, (leaf.dtype or ir.DataType.FLOAT).numpy()), f"row/{given.name}")
     given.replace_all_uses_with(row)

@@ -57,3 +57,19 @@ def test_it_is_measured_on_sizes_that_it_runs_with(tmp_path: Path) -> None:
 def test_inspect_counts_bytes_wherever_they_are() -> None:
     summary = summarize(graphs.branching())
     assert summary.bytes >= 4 * (8 * 32 + 64 * 40 + 64 * 64)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-small"])
+def test_a_model_without_any_product(tmp_path: Path, recipe: str) -> None:
+    """No head and no embedding: what the recipes say about them must not be an error."""
+    text = """<ir_version: 7, opset_import: ["": 11]> g (float[1, 1, ?] x) => (float[1, 64, n] y) {
+        w = Constant <value = float {0}> ()
+        y = Conv (x, w)
+    }"""
+    model = ir.from_onnx_text(text)
+    kernel = np.random.default_rng(0).standard_normal((64, 1, 32)).astype(np.float32)
+    model.graph[0].attributes["value"] = ir.AttrTensor("value", ir.tensor(kernel, name="w"))
+    ir.save(model, tmp_path / "waves.onnx")
+    artifact = optimize(tmp_path / "waves.onnx", output=tmp_path / "out", recipe=recipe, verify=True)
+    skipped = [skip["reason"] for row in artifact.report["passes"] for skip in row["skipped"]]
+    assert skipped == ([] if recipe == "fp32" else ["ONNX Runtime has no Conv with weights in blocks"])

@@ -8,6 +8,7 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.compiler.blocks import find_blocks
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.canonicalize.simplify import IR_VERSION, Simplify
@@ -42,6 +43,28 @@ def test_a_transposed_copy_of_the_table_is_tied_again() -> None:
     (embedding,) = find_embeddings(model)
     assert embedding.head is not None
     assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+
+
+def test_a_table_is_stored_the_way_it_is_gathered() -> None:
+    """onnxruntime-genai's builder keeps the weight of a tied head and gathers from its transpose."""
+    builder = graphs.Builder(64, 128, 0)
+    head = builder.weight(64, 128, name="head")
+    table = builder.op("Transpose", head, perm=[1, 0])
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    x = builder.step("residual", builder.step("linear", x, x), x)
+    logits = builder.op("MatMul", x, head, width=128)
+    logits.name = "logits"
+    graph = ir.Graph([builder.ids], [logits], nodes=builder.nodes, initializers=builder.weights, opset_imports={"": 18})
+    model = ir.Model(graph, ir_version=8)
+    assert [block.stream_in.name for block in find_blocks(model)] == [table.consumers()[0].outputs[0].name]
+    assert [one.kind for one in find_linears(model)].count("head") == 1
+    before = graphs.run(model)
+    report = Simplify().run(model, Context())
+    (embedding,) = find_embeddings(model)
+    assert embedding.head is not None
+    assert report.bytes_after == report.bytes_before
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+    assert not Simplify().run(model, Context()).modified
 
 
 def test_overridable_initializers_become_constants() -> None:
