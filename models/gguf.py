@@ -51,8 +51,10 @@ def load(
     return directories.onnx_source(out / "model.onnx", name=name, kind="gguf", beside=(out,), provenance=provenance)
 
 
-def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
+def read_model(path: Path, out: Path, *, attention: str | None = None) -> tuple[Any, dict[str, Any]]:
     """The model in float32, and facts for the card; its tokenizer is written to `out`. Imports torch.
+
+    `attention` is that of `huggingface.read_model`.
 
     Raises:
         BadModelFileError: the file is damaged, or lacks weights.
@@ -81,6 +83,7 @@ def read_model(path: Path, out: Path) -> tuple[Any, dict[str, Any]]:
                 output_loading_info=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                **({} if attention is None else {"attn_implementation": attention}),
             )
         except (ValueError, KeyError, RuntimeError, NotImplementedError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -149,8 +149,12 @@ def check_safetensors(path: Path) -> None:
         )
 
 
-def read_model(directory: Path) -> Any:
+def read_model(directory: Path, *, attention: str | None = None) -> Any:
     """The checkpoint as a transformers model in float32, of the class that its config names. Imports torch.
+
+    Args:
+        directory: config.json and weights.
+        attention: "eager" or "sdpa", as transformers calls them; None for the model's own choice.
 
     Raises:
         BadModelFileError: weights are missing or do not fit.
@@ -181,6 +185,7 @@ def read_model(directory: Path) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=True,
+            **({} if attention is None else {"attn_implementation": attention}),
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

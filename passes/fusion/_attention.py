@@ -1,4 +1,4 @@
-"""Reads attention off a graph: what lies around a Softmax between two products.
+"""Reads attention off a graph: what lies around a Softmax between two products, or around one operator `Attention`.
 
 Shared by the fusions of attention with a cache and without one.
 
@@ -19,6 +19,21 @@ _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Id
 
 
 @dataclass
+class Mask:
+    """What is added to the scores, or decides which of them count.
+
+    Attributes:
+        value: the summand, or the condition of a Where.
+        number: what it is multiplied by afterwards.
+        is_added: whether it is a summand.
+    """
+
+    value: ir.Value
+    number: float = 1.0
+    is_added: bool = True
+
+
+@dataclass
 class Attention:
     """What was read off one attention: operands, cache, parameters."""
 
@@ -32,8 +47,7 @@ class Attention:
     output: ir.Value
     scale: float
     softcap: float
-    mask: ir.Value | None
-    biases: list[tuple[ir.Value, float]] = field(default_factory=list)  # added to the scores, each times a number
+    masks: list[Mask]
     cos: ir.Value | None = None
     sin: ir.Value | None = None
     positions: ir.Value | None = None
@@ -63,18 +77,95 @@ class Attention:
         return static(self.past_k, 3)
 
 
-def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
-    """Walks from a Softmax to queries, keys, values, cache, mask and output.
+@dataclass
+class Core:
+    """softmax(softcap(scale q k^T) + masks) v as it stands in the graph.
+
+    Attributes:
+        q, k, v: what is multiplied; keys as [B, H, D, T] when `is_turned`.
+        output: the product with the values, [B, H, S, D]; [B, S, H D] of an operator that splits heads itself.
+        num_heads: that such an operator splits the queries into.
+        cached: past and present of keys and of values, when the operator itself joins them.
+        is_guarded: a row without any key gives zeros.
+    """
+
+    q: ir.Value | None
+    k: ir.Value | None
+    v: ir.Value | None
+    output: ir.Value
+    scale: float
+    softcap: float
+    masks: list[Mask]
+    is_turned: bool = True
+    num_heads: int | None = None
+    cached: list[_Cached] = field(default_factory=list)
+    is_guarded: bool = False
+
+
+def is_anchor(node: ir.Node) -> bool:
+    """Whether `node` may be what `read_core` starts from."""
+    return node.op_type == "Softmax" or (node.op_type == "Attention" and node.domain in ("", "ai.onnx"))
+
+
+def read_core(anchor: ir.Node) -> Core:
+    """Reads the attention around a Softmax, or that of an operator.
+
+    Raises:
+        NotCuttable: it is no attention, or of a kind that no fused operator knows.
+    """
+    if anchor.op_type == "Attention":
+        return _operator_core(anchor)
+    scores, masks, scale, softcap = read_scores(anchor)
+    product, is_guarded = product_with_values(anchor)
+    q, k = scores.inputs[:2]
+    return Core(q, k, product.inputs[1], product.outputs[0], scale, softcap, masks, is_guarded=is_guarded)
+
+
+def _operator_core(node: ir.Node) -> Core:
+    """The operator of ai.onnx 23: Q, K, V, attn_mask, past_key, past_value, and from 24 on nonpad_kv_seqlen."""
+    q, k, v, mask, past_k, past_v, lengths = [*node.inputs, *[None] * 7][:7]
+    numbers = {name: attribute.value for name, attribute in node.attributes.items()}
+    if lengths is not None:
+        raise NotCuttable("the operator is told lengths of its keys")
+    if numbers.get("is_causal"):
+        raise NotCuttable("the operator makes a causal mask of its own")
+    if len(node.outputs) > 3 and node.outputs[3].uses():
+        raise NotCuttable("somebody else reads the scores of the operator")
+    if q is None or k is None or v is None:
+        raise NotCuttable("no queries, keys or values")
+    heads = numbers.get("q_num_heads")
+    head_size = static(q, 3) if rank(q) == 4 else static(q, 2) // int(heads or 1)
+    cached = []
+    if past_k is not None and past_v is not None and len(node.outputs) > 2:
+        cached = [_Cached(past_k, k, node.outputs[1]), _Cached(past_v, v, node.outputs[2])]
+    return Core(
+        q,
+        k,
+        v,
+        node.outputs[0],
+        scale=float(numbers.get("scale") or head_size**-0.5),
+        softcap=float(numbers.get("softcap") or 0.0),
+        masks=[] if mask is None else [Mask(mask, is_added=mask.dtype != ir.DataType.BOOL)],
+        is_turned=False,
+        num_heads=heads if rank(q) == 3 else None,
+        cached=cached,
+    )
+
+
+def read_cached(anchor: ir.Node, with_rotary: bool = True) -> Attention:
+    """Walks from a Softmax or an operator `Attention` to queries, keys, values, cache, masks and output.
 
     Raises:
         NotCuttable: the first thing that is not as in attention with a cache.
     """
-    scores = read_scores(softmax)
-    q, q_scale = unscaled(scores.product.inputs[0])
+    core = read_core(anchor)
+    q, q_scale = unscaled(core.q)
     q = _heads_apart(q)
-    keys, k_scale = to_cache(scores.product.inputs[1], "keys")
-    product = product_with_values(softmax)
-    values, v_scale = to_cache(product.inputs[1], "values")
+    keys, values = core.cached or (None, None)
+    k_scale = v_scale = 1.0
+    if keys is None or values is None:
+        keys, k_scale = to_cache(core.k, "keys")
+        values, v_scale = to_cache(core.v, "values")
     if v_scale != 1.0:
         raise NotCuttable("the values are scaled")
     found = Attention(
@@ -85,11 +176,10 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
         past_v=values.past,
         present_k=keys.present,
         present_v=values.present,
-        output=joined_output(product),
-        scale=scores.scale * q_scale * k_scale,
-        softcap=scores.softcap,
-        mask=scores.mask,
-        biases=scores.biases,
+        output=core.output if core.num_heads else joined_output(core.output),
+        scale=core.scale * q_scale * k_scale,
+        softcap=core.softcap,
+        masks=core.masks,
     )
     if with_rotary:
         _absorb_rotary(found)
@@ -100,48 +190,33 @@ def read_cached(softmax: ir.Node, with_rotary: bool = True) -> Attention:
     return found
 
 
-@dataclass
-class Scores:
-    """What lies between the product of queries and keys and the Softmax.
-
-    Attributes:
-        product: the MatMul.
-        mask: what is added last, or decides a Where.
-        biases: what else is added, each with the number it is multiplied by afterwards.
-    """
-
-    product: ir.Node
-    mask: ir.Value | None
-    scale: float
-    softcap: float
-    biases: list[tuple[ir.Value, float]]
+def _heads_apart(value: ir.Value) -> ir.Value:
+    """[B, H, S, D] where batch and heads were folded into [B H, S, D] for the product (Bloom)."""
+    fold = producer(value, "Reshape")
+    apart = None if fold is None else fold.inputs[0]
+    return apart if apart is not None and rank(value) == 3 and rank(apart) == 4 else value
 
 
-def read_scores(softmax: ir.Node) -> Scores:
-    """Walks from a Softmax up to the product of queries and keys."""
-    value, mask, scale, softcap = softmax.inputs[0], None, 1.0, 0.0
-    biases: list[tuple[ir.Value, float]] = []
+def read_scores(softmax: ir.Node) -> tuple[ir.Node, list[Mask], float, float]:
+    """The product of queries and keys above a Softmax, the masks, the scale and the softcap between them."""
+    value, scale, softcap = softmax.inputs[0], 1.0, 0.0
+    masks: list[Mask] = []
     for _ in range(12):
         node = producer(value)
         if node is None:
             break
         if node.op_type == "MatMul":
-            return Scores(node, mask, scale, softcap, biases)
+            return node, masks, scale, softcap
         if node.op_type in ("Cast", "Reshape"):
             value = node.inputs[0]
         elif node.op_type in ("Add", "Where"):
             operands = node.inputs if node.op_type == "Add" else node.inputs[1:]
             up = [one for one in operands if _leads_to_product(one)]
-            if len(up) != 1 or (mask is not None and node.op_type == "Where"):
-                raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
-            added = node.inputs[0] if node.op_type == "Where" else other(node, up[0])
+            is_added = node.op_type == "Add"
+            mask = None if len(up) != 1 else other(node, up[0]) if is_added else node.inputs[0]
             if mask is None:
-                mask = added
-            elif softcap:
-                raise NotCuttable(f"a bias is added below the softcap at {node.name or node.op_type}")
-            else:
-                bias, times = unscaled(added)
-                biases.append((bias, times * scale))
+                raise NotCuttable(f"cannot tell the scores from the mask at {node.name or node.op_type}")
+            masks.append(Mask(mask, scale, is_added))
             value = up[0]
         elif node.op_type in ("Mul", "Div"):
             inner, number = factor(node)
@@ -158,13 +233,6 @@ def read_scores(softmax: ir.Node) -> Scores:
         else:
             raise NotCuttable(f"{node.op_type} between the scores and the Softmax")
     raise NotCuttable("no product of queries and keys above the Softmax")
-
-
-def _heads_apart(value: ir.Value) -> ir.Value:
-    """[B, H, S, D] where batch and heads were folded into [B H, S, D] for the product (Bloom)."""
-    fold = producer(value, "Reshape")
-    apart = None if fold is None else fold.inputs[0]
-    return apart if apart is not None and rank(value) == 3 and rank(apart) == 4 else value
 
 
 def _leads_to_product(value: ir.Value | None) -> bool:
@@ -241,12 +309,9 @@ def _is_guard(where: ir.Node, value: ir.Value) -> bool:
     return test is not None and test.inputs[0] is value and scalar(where.inputs[1]) == 0 and where.inputs[2] is value
 
 
-def product_with_values(softmax: ir.Node, is_guard_passed: bool = True) -> ir.Node:
-    """The MatMul of probabilities and values.
-
-    Where(IsNaN(p), 0, p), the guard for rows without any key, is passed when `is_guard_passed`.
-    """
-    value = softmax.outputs[0]
+def product_with_values(softmax: ir.Node) -> tuple[ir.Node, bool]:
+    """The MatMul of probabilities and values, and whether Where(IsNaN(p), 0, p) guards rows without any key."""
+    value, is_guarded = softmax.outputs[0], False
     for _ in range(5):
         if value.is_graph_output():
             raise NotCuttable("the probabilities are an output of the graph")
@@ -255,9 +320,10 @@ def product_with_values(softmax: ir.Node, is_guard_passed: bool = True) -> ir.No
             break
         node = readers[0]
         if node.op_type == "MatMul" and node.inputs[0] is value:
-            return node
-        if node.op_type == "Where" and not (is_guard_passed and _is_guard(node, value)):
+            return node, is_guarded
+        if node.op_type == "Where" and not _is_guard(node, value):
             raise NotCuttable("some probabilities are replaced")
+        is_guarded |= node.op_type == "Where"
         if node.op_type not in ("Cast", "Where", "Identity", "Dropout", "Reshape"):
             break
         value = node.outputs[0]
@@ -277,9 +343,8 @@ def weighs_values(softmax: ir.Node) -> bool:
     return False
 
 
-def joined_output(product: ir.Node) -> ir.Value:
-    """The value [B, S, H D] that the heads are joined into."""
-    value = product.outputs[0]
+def joined_output(value: ir.Value) -> ir.Value:
+    """The value [B, S, H D] that the heads of a product with the values are joined into."""
     walked: list[ir.Node] = []
     sizes: list[ir.Node] = []
     for _ in range(6):
@@ -327,7 +392,7 @@ def ends_in(node: ir.Node, walked: list[ir.Node]) -> bool:
 def _absorb_rotary(found: Attention) -> None:
     """Takes the rotary embeddings of queries and keys in, when both have the same."""
     q, k = producer(found.q, "RotaryEmbedding"), producer(found.k, "RotaryEmbedding")
-    if q is None or k is None:
+    if q is None or k is None or (q.domain, k.domain) != ("com.microsoft",) * 2:
         return
     same = all(one is two for one, two in zip(q.inputs[1:], k.inputs[1:], strict=True))
     if not same or q.inputs[0] is None or k.inputs[0] is None:

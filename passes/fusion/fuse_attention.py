@@ -1,9 +1,10 @@
 """Fuses scaled dot-product attention with a key/value cache into GroupQueryAttention, rotary embedding included.
 
 Paper:   Ainslie et al., arXiv:2305.13245 (grouped queries); Vaswani et al., arXiv:1706.03762 (attention).
-Anchor:  a Softmax between two products, with a cache joined to the keys and the values. From there the graph is walked
-         to the projections; head counts are read off shapes, the scale off constants, the sliding window off the mask's
-         own values. Then both forms run on prompts, decode steps, chunks and left-padded batches, and must agree.
+Anchor:  a Softmax between two products or an operator `Attention`, with a cache joined to the keys and the values.
+         From there the graph is walked to the projections; head counts are read off shapes, the scale off constants,
+         the sliding window off the mask's own values. Then both forms run on prompts, decode steps, chunks and
+         left-padded batches, and must agree.
 Masks:   `attention_mask` becomes lengths (index of the last 1, per row) and an additive bias that hides padding on the
          left. Nothing of the mask is dropped; `padding="right"` leaves the bias out for callers that never pad left.
 Rotary:  the kernel turns queries and keys by the slot they occupy, not by `position_ids`. Scores depend on distances
@@ -15,7 +16,7 @@ Axes:    B batch, S sequence, T past + S, H query heads, G key/value heads, D wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,10 +34,12 @@ from onnxpress.compiler.region import (
     random_feed,
     run,
 )
-from onnxpress.passes.fusion._attention import Attention, rank, read_cached, static
+from onnxpress.passes.fusion._attention import Attention, Mask, is_anchor, rank, read_cached, static, unscaled
 
 # Added to the scores of padding: far below any score, and finite in float16 (a row of -inf would give NaN).
 _HIDDEN = -30000.0
+# From here on a number in a mask is where a Slice ends that has no end, and no window.
+_TO_THE_END = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class FuseAttention(Pass):
             return report  # an encoder, or no attention at all
         builder = _Builder(Fuser(model, report, context.seed), context, self.padding == "any")
         for node in list(model.graph):
-            if node.op_type != "Softmax":
+            if not is_anchor(node):
                 continue
             site = node.name or node.outputs[0].name or "attention"
             try:
@@ -81,7 +84,15 @@ def _uncut(mask: ir.Value) -> ir.Value:
 def _joins_cache(node: ir.Node) -> bool:
     """Whether new keys or values are appended to a graph input [B, G, past, D]."""
     past = node.inputs[0] if node.op_type == "Concat" and len(node.inputs) == 2 else None
+    if node.op_type == "Attention" and len(node.inputs) > 5:
+        past = node.inputs[4]
     return past is not None and past.is_graph_input() and rank(past) == 4
+
+
+def _rows_of_square(value: ir.Value) -> int:
+    """The rows of a constant that is a matrix, or several, of as many rows as columns; 0 for anything else."""
+    sizes = [] if value.const_value is None else [int(size) for size in value.const_value.shape.numpy()]
+    return sizes[-1] if len(sizes) > 1 and sizes[-1] == sizes[-2] != 1 else 0
 
 
 @dataclass
@@ -93,7 +104,7 @@ class _Builder:
     with_bias: bool
     lengths: dict[int, tuple[ir.Value, ir.Value, ir.Value]] = field(default_factory=dict)
     biases: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
-    windows: dict[str, int | None] = field(default_factory=dict)
+    windows: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     pending: list[ir.Node] = field(default_factory=list)
 
     @property
@@ -104,25 +115,17 @@ class _Builder:
         """Replaces one attention, or raises NotCuttable with the reason why not; `more` goes to the report."""
         if found.head_size % 8:
             raise NotCuttable(f"the kernel wants a head size that is a multiple of 8, got {found.head_size}")
-        if found.mask is None:
+        if not found.masks:
             raise NotCuttable("no mask: the attention is not causal")
         mask_input = self._mask_input(found)
-        window = self._window(found)
-        if window is None:
-            # Values of the model's own, ALiBi for one: all of the mask is added to the scores, as it was.
-            window = -1
-            found.biases.append((_uncut(found.mask), 1.0))
-        given = [found.q, found.k, found.v]
-        made = [found.output, found.present_k, found.present_v]
-        for value, _ in found.biases:
-            if any(one in made for node in Region([*given, *made], [value]).nodes for one in node.inputs):
-                raise NotCuttable("what is added to the scores depends on the keys that the operator makes")
+        window, biases = self._window(found)
+        self._check_order(found, biases)
         inputs = [found.q, found.k, found.v]
         outputs = [found.output, found.present_k, found.present_v]
         reason = None
         # Whether the kernel counts the token itself into the window is decided by execution as well.
         for local in [window] if window < 0 else [window, window - 1, window + 1]:
-            nodes = self._nodes(found, mask_input, local)
+            nodes = self._nodes(found, mask_input, local, biases)
             news = list(nodes[-1].outputs)
             feeds = _Samples(found, mask_input, window, self.context.seed, self.with_bias)
             reason = self.fuser.verdict(inputs, outputs, news, feeds, _blank_padding(mask_input))
@@ -137,9 +140,8 @@ class _Builder:
 
     def _mask_input(self, found: Attention) -> ir.Value:
         """The graph input with a 1 for each token that may be seen, shape [B, T]."""
-        assert found.mask is not None
         skip = {"input_ids", "position_ids"}
-        region = Region([found.q, found.k, found.v], [found.mask])
+        region = Region([found.q, found.k, found.v], [mask.value for mask in found.masks])
         integers = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT)
         leaves = [
             leaf
@@ -150,27 +152,39 @@ class _Builder:
             raise NotCuttable("the mask does not come from one input of shape [batch, total]")
         return leaves[0]
 
-    def _window(self, found: Attention) -> int | None:
-        """How many tokens a query sees, itself included; -1 for all. Read off the mask of one decode step.
+    def _check_order(self, found: Attention, biases: Sequence[Mask]) -> None:
+        """What goes into the operator must not come out of it."""
+        made = [found.output, found.present_k, found.present_v]
+        stops = [found.q, found.k, found.v, *made]
+        for bias in biases:
+            if any(one in made for node in Region(stops, [bias.value]).nodes for one in node.inputs):
+                raise NotCuttable("what is added to the scores depends on the keys that the operator makes")
 
-        None when the mask is more than that and can be added to the scores: a float [B, 1 or H, S, T].
+    def _window(self, found: Attention) -> tuple[int, list[Mask]]:
+        """(how many tokens a query sees, itself included, -1 for all; the masks with values of their own, as ALiBi).
+
+        Read off the masks of one decode step.
         """
-        assert found.mask is not None
         # The mask is often cut to the length of the keys, so keys may be among its leaves.
-        region = Region([found.q, found.k, found.v], [found.mask])
+        region = Region([found.q, found.k, found.v], [mask.value for mask in found.masks])
         key = region.signature()
         if key not in self.windows:
             self.windows[key] = self._probe(region, found)
-        return self.windows[key]
+        window, places = self.windows[key]
+        return window, [replace(found.masks[place], value=_uncut(found.masks[place].value)) for place in places]
 
-    def _probe(self, region: Region, found: Attention) -> int | None:
+    def _probe(self, region: Region, found: Attention) -> tuple[int, list[int]]:
+        """The window, and the places of the masks that do more than hide tokens."""
         constants = [
             int(value.const_value.numpy().reshape(-1)[0])
             for value in region.constants
             if value.const_value is not None and value.const_value.size == 1 and value.dtype == ir.DataType.INT64
         ]
+        constants = [number for number in constants if number < _TO_THE_END]
         named = [int(self.context.config.get(key) or 0) for key in ("sliding_window", "attention_window_size")]
-        total = min(max([64, *constants, *named]), 1 << 17) + 9
+        # A square of stored flags (GPT-2) ends where the model's positions end.
+        stored = [size for value in region.constants if (size := _rows_of_square(value))]
+        total = min([min(max([64, *constants, *named]), 1 << 17) + 9, *stored])
         mask_input = self._mask_input(found)
         opset = self.fuser.model.opset_imports.get("", 18)
         model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
@@ -178,21 +192,28 @@ class _Builder:
             iter(_Samples(found, mask_input, -1, 0, window_known=False).steps(region.leaves, [(1, 1, total - 1, 0)]))
         )
         try:
-            row = run(model, feed)[0].reshape(-1)
+            rows = [row.reshape(-1) for row in run(model, feed)]
         except Exception as error:  # ONNX Runtime's exceptions have no common type
             raise NotCuttable(f"the mask does not run by itself: {first_line(error)}") from None
-        seen = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
+        seen, places = np.ones(total, np.bool_), []
+        for place, (mask, row) in enumerate(zip(found.masks, rows, strict=True)):
+            visible = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
+            if row.size == total and (row.dtype == np.bool_ or not row[visible].any()):
+                seen &= visible
+            elif mask.is_added and rank(mask.value) in (3, 4):
+                places.append(place)
+            else:
+                raise NotCuttable("the mask has not one entry for each key")
         count = int(seen.sum())
-        if rank(found.mask) == 4 and row.dtype != np.bool_ and row[seen.nonzero()].any():
-            return None
-        if seen.size != total or count == 0 or not seen[-count:].all():
+        if count == 0 or not seen[-count:].all():
             raise NotCuttable("the mask is neither causal nor a sliding window")
-        return -1 if count == total else count
+        return -1 if count == total else count, places
 
-    def _nodes(self, found: Attention, mask_input: ir.Value, window: int) -> list[ir.Node]:
+    def _nodes(self, found: Attention, mask_input: ir.Value, window: int, biases: Sequence[Mask] = ()) -> list[ir.Node]:
         """The fused operator, preceded by what brings its operands to [B, S, heads D]."""
         seqlens, total, visible = self._lengths(mask_input)
-        bias = self._bias(mask_input, visible, found) if self.with_bias or found.biases else None
+        needs_bias = self.with_bias or len(biases) > 0
+        bias = self._bias(mask_input, visible, biases, found.num_heads) if needs_bias else None
         before: list[ir.Node] = []
         heads = (found.num_heads, found.num_kv_heads, found.num_kv_heads)
         operands_in = zip((found.q, found.k, found.v), heads, strict=True)
@@ -263,19 +284,21 @@ class _Builder:
         self.lengths[id(mask)] = (seqlens, total, floats)
         return self.lengths[id(mask)]
 
-    def _bias(self, mask: ir.Value, visible: ir.Value, found: Attention) -> ir.Value:
+    def _bias(self, mask: ir.Value, visible: ir.Value, biases: Sequence[Mask], heads: int) -> ir.Value:
         """[B, 1 or H, S, T]: `_HIDDEN` for padding, and what the model itself adds to the scores; once per model."""
         key: tuple[Any, ...] = (id(mask),)
         if key not in self.biases:
             made = _Chain(self.graph, "mask/padding")
             self.biases[key] = self._padding(made, visible)
             self.pending += made.nodes
-        for value, number in found.biases:
+        for bias in biases:
             below = self.biases[key]
-            key = (*key, id(value), number, found.num_heads)
+            value, factor = unscaled(bias.value)
+            number = factor * bias.number
+            key = (*key, id(value), number, heads)
             if key not in self.biases:
                 made = _Chain(self.graph, f"mask/bias_{len(self.biases)}")
-                self.biases[key] = self._added(made, below, value, number, found.num_heads)
+                self.biases[key] = self._added(made, below, value, number, heads)
                 self.pending += made.nodes
         return self.biases[key]
 

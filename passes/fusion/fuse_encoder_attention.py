@@ -1,8 +1,9 @@
 """Fuses scaled dot-product attention without a cache into MultiHeadAttention.
 
 Paper:   Vaswani et al., arXiv:1706.03762, eq. (1): softmax(scale q k^T + mask) v.
-Anchor:  a Softmax between two products. Masks and position biases are whatever is added to the scores: the value itself
-         becomes the operator's additive bias, so nothing of it can be lost. Both forms run before one is accepted.
+Anchor:  a Softmax between two products, or an operator `Attention`. Masks and position biases are whatever is added to
+         the scores: the value itself becomes the operator's additive bias, so nothing of it can be lost. Both forms run
+         before one is accepted.
 Axes:    B batch, S tokens, H heads, D width of a head
 """
 
@@ -19,10 +20,10 @@ from onnxpress.compiler.fusing import Fuser, constant, discard, producer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, random_feed
 from onnxpress.passes.fusion._attention import (
+    is_anchor,
     joined_output,
-    product_with_values,
     rank,
-    read_scores,
+    read_core,
     static,
     to_cache,
     unscaled,
@@ -42,7 +43,7 @@ class FuseEncoderAttention(Pass):
         fuser = Fuser(model, report, context.seed)
         biases: dict[int, ir.Value] = {}  # by id of the mask
         for node in list(model.graph):
-            if node.op_type != "Softmax" or not weighs_values(node):
+            if not is_anchor(node) or (node.op_type == "Softmax" and not weighs_values(node)):
                 continue  # of a classifier or a router
             site = node.name or node.outputs[0].name or "attention"
             try:
@@ -80,35 +81,45 @@ class _Attention:
     mask: ir.Value | None
     num_heads: int
     head_size: int
+    is_written_out: bool = False  # the mask has a row for each query: ONNX Runtime's `Attention` takes no other
     nodes: list[ir.Node] = field(default_factory=list)
 
 
-def _read(softmax: ir.Node) -> _Attention:
-    """Walks from a Softmax to its operands.
+def _read(anchor: ir.Node) -> _Attention:
+    """Walks from a Softmax or an operator `Attention` to its operands.
 
     Raises:
         NotCuttable: the first thing that is not as in attention without a cache.
     """
-    axis = softmax.attributes.get("axis")
+    axis = anchor.attributes.get("axis")
     if axis is not None and axis.as_int() not in (-1, 3):
         raise NotCuttable("the Softmax is not over the last of four axes [batch, heads, queries, keys]")
-    found = read_scores(softmax)
-    scores, mask, scale = found.product, found.mask, found.scale
-    if _has_cache(scores.inputs[1]):
+    core = read_core(anchor)
+    if core.cached or _has_cache(core.k):
         raise NotCuttable("the keys meet a cache, which `fuse_attention` is for")
-    if found.biases:
-        raise NotCuttable("more than one thing is added to the scores")
-    if found.softcap:
+    if core.is_guarded:
+        raise NotCuttable("some probabilities are replaced")
+    if core.softcap:
         raise NotCuttable("the operator has no soft cap")
+    if len(core.masks) > 1:
+        raise NotCuttable("the scores are masked twice")
+    if any(mask.number != 1.0 for mask in core.masks):
+        raise NotCuttable("the mask is multiplied after it was added")
+    mask = core.masks[0].value if core.masks else None
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         raise NotCuttable("the mask selects scores instead of being added to them")
-    product = product_with_values(softmax, is_guard_passed=False)
-    q, k = _operand(scores.inputs[0], []), _operand(scores.inputs[1], [0, 1, 3, 2])
-    v = _operand(product.inputs[1], [])
+    if core.num_heads is None:
+        q, k = _operand(core.q, []), _operand(core.k, [0, 1, 3, 2] if core.is_turned else [])
+        v = _operand(core.v, [])
+    else:
+        q, k, v = (_Operand(*unscaled(value)) for value in (core.q, core.k, core.v))
     if v.scale != 1.0:
         raise NotCuttable("the values are scaled")
-    heads, width = static(scores.outputs[0], 1), static(product.outputs[0], 3)
-    return _Attention(q, k, v, joined_output(product), scale * q.scale * k.scale, mask, heads, width)
+    heads = core.num_heads or static(core.output, 1)
+    width = static(core.output, 3) if rank(core.output) == 4 else static(core.output, 2) // heads
+    scale, is_written_out = core.scale * q.scale * k.scale, not core.is_turned
+    output = core.output if core.num_heads else joined_output(core.output)
+    return _Attention(q, k, v, output, scale, mask, heads, width, is_written_out)
 
 
 def _has_cache(keys: ir.Value | None) -> bool:
@@ -162,6 +173,8 @@ def _fuse(fuser: Fuser, site: str, found: _Attention, biases: dict[int, ir.Value
                     raise NotCuttable("the mask is not of rank 4")
                 known = found.mask.shape
                 sizes = [one if isinstance(one, int) else two for one, two in zip(known, usual, strict=True)]
+                if axis == 2 and found.is_written_out:
+                    continue
                 if axis is not None and not isinstance(found.mask.shape[axis], int):
                     sizes[axis] = 1  # of an unknown size that is 1, all rows or queries get the same
                 dtype = (found.mask.dtype or ir.DataType.FLOAT).numpy()

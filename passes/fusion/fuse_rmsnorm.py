@@ -1,4 +1,4 @@
-"""Fuses the square-mean-rsqrt chain of RMSNorm into SimplifiedLayerNormalization.
+"""Fuses the square-mean-rsqrt chain of RMSNorm, or RMSNormalization of ai.onnx, into SimplifiedLayerNormalization.
 
 Paper:   Zhang and Sennrich, arXiv:1910.07467, eq. (4): y = x / sqrt(mean(x^2) + eps) * gamma.
 Anchor:  every spelling has one mean of squares over the last axis; what follows it is walked, not matched.
@@ -27,7 +27,11 @@ class FuseRmsnorm(Pass):
         report = Report()
         fuser = Fuser(model, report, context.seed)
         for node in list(model.graph):
-            if node.op_type != "ReduceMean" or (found := _match(node)) is None:
+            if node.op_type == "RMSNormalization":
+                found: _Norm | None = _of_operator(node)
+            else:
+                found = _match(node) if node.op_type == "ReduceMean" else None
+            if found is None:
                 continue
             site = found.output.name or "rmsnorm"
             if found.reason:
@@ -78,6 +82,18 @@ def _match(mean: ir.Node) -> _Norm | None:
             return None
         value = node.outputs[0]
     return None
+
+
+def _of_operator(node: ir.Node) -> _Norm | None:
+    """Reads the operator of ai.onnx 23, whose siblings ours can be joined with additions by later passes."""
+    x, axis, epsilon = node.inputs[0], node.attributes.get("axis"), node.attributes.get("epsilon")
+    if x is None or node.domain not in ("", "ai.onnx"):
+        return None
+    found = _Norm(x, node.outputs[0], 1e-5 if epsilon is None else epsilon.as_float(), node.inputs[1])
+    last = (-1,) if x.shape is None else (-1, len(x.shape) - 1)
+    if axis is not None and axis.as_int() not in last:
+        found.reason = "more than the last axis is normalized"
+    return found
 
 
 def _with_gamma(found: _Norm) -> _Norm:

@@ -1,6 +1,7 @@
 """Fuses rotary position embedding into com.microsoft RotaryEmbedding with caches of cosines and sines.
 
 Paper:   Su et al., arXiv:2104.09864, in the half-rotated spelling: y = x cos(p) + [-x_2, x_1] sin(p).
+         The operator of ai.onnx 23 is read as well: the one of com.microsoft can be taken into attention.
 Caches:  the graph's own nodes from positions to cosines are copied and fed with 0 .. max - 1, so every scaling rule
          (linear, Llama 3, YaRN) is carried over as it is. ONNX Runtime folds the copies at load; the file stays small:
          the table of a 135M model with 8,192 positions would be 2 % of its 4-bit size.
@@ -38,15 +39,22 @@ class FuseRotary(Pass):
         caches = _Caches(fuser, length)
         batches: dict[int, ir.Value] = {}
         for node in list(model.graph):
-            found = _match(node) if node.op_type == "Add" else None
+            if node.op_type == "RotaryEmbedding" and node.domain in ("", "ai.onnx"):
+                found: _Rotary | None = _of_operator(node)
+            else:
+                found = _match(node) if node.op_type == "Add" else None
             if found is None:
                 continue
             site = node.outputs[0].name or "rotary"
             try:
-                source = _positions(found.cos)
-                cos, sin = caches.get(found.cos, source), caches.get(found.sin, source)
-                positions = source if source.is_graph_input() else _for_batch(fuser, source, batches)
-                attributes, shapes = _partial(found)
+                source = positions = found.positions or _positions(found.cos)
+                cos, sin, rows = found.cos, found.sin, length
+                if found.positions is not None:
+                    rows = _rows(cos)
+                else:
+                    cos, sin = (caches.get(one, source, found.is_operator) for one in (cos, sin))
+                    positions = source if source.is_graph_input() else _for_batch(fuser, source, batches)
+                attributes, shapes = _operator_attributes(node) if found.is_operator else _partial(found)
                 before = [value.shape for value, _ in shapes]
                 for value, shape in shapes:  # the samples need them, and later passes
                     value.shape = shape
@@ -56,13 +64,16 @@ class FuseRotary(Pass):
             operands = [found.x, positions, cos, sin]
             new = ir.Node("com.microsoft", "RotaryEmbedding", operands, attributes, name=f"{site}/rotary")
 
-            def feeds(leaves: Sequence[ir.Value], source: ir.Value = source) -> Iterable[list[Array]]:
+            is_row = source is not positions or (source.shape is not None and source.shape[0] == 1)
+
+            def feeds(
+                leaves: Sequence[ir.Value], source: ir.Value = source, is_row: bool = is_row, rows: int = rows
+            ) -> Iterable[list[Array]]:
                 rng = np.random.default_rng(context.seed)
                 # The first positions, any, and few beside many: frequencies that depend on the positions show.
-                for places in ([[0, 1, 2]] * 2, rng.integers(0, length, (2, 3)), [[0, 1, 2], [0, 1, length - 1]]):
-                    rows = np.array(places, np.int64 if source.dtype is None else source.dtype.numpy())
-                    is_row = not source.is_graph_input() or (source.shape is not None and source.shape[0] == 1)
-                    given = {id(source): rows[-1:] if is_row else rows}
+                for places in ([[0, 1, 2]] * 2, rng.integers(0, rows, (2, 3)), [[0, 1, 2], [0, 1, rows - 1]]):
+                    numbers = np.array(places, np.int64 if source.dtype is None else source.dtype.numpy())
+                    given = {id(source): numbers[-1:] if is_row else numbers}
                     yield random_feed(leaves, {"batch": 2, "sequence": 3}, rng, given)
 
             reason = fuser.verdict([found.x, source], [found.output], [new.outputs[0]], feeds)
@@ -83,6 +94,36 @@ class _Rotary:
     cos: ir.Value
     sin: ir.Value
     output: ir.Value
+    is_operator: bool = False  # cos and sin hold half of each head's width
+    positions: ir.Value | None = None  # rows of cos and sin that an operator picks
+
+
+def _of_operator(node: ir.Node) -> _Rotary | None:
+    """Reads RotaryEmbedding of ai.onnx: X, tables or one row for each token, positions in the tables."""
+    x, cos, sin, positions = [*node.inputs, None][:4]
+    if x is None or cos is None or sin is None:
+        return None
+    return _Rotary(x, cos, sin, node.outputs[0], is_operator=True, positions=positions)
+
+
+def _rows(table: ir.Value) -> int:
+    """How many positions a table [M, D / 2] holds."""
+    length = None if table.shape is None or len(table.shape) != 2 else table.shape[0]
+    if not isinstance(length, int):
+        raise NotCuttable(f"the number of positions in {table.name} is unknown")
+    return length
+
+
+def _operator_attributes(node: ir.Node) -> tuple[list[ir.Attr], list[tuple[ir.Value, ir.Shape]]]:
+    """The attributes of ai.onnx for com.microsoft, which wants the heads told where a part of each is turned."""
+    numbers = {name: int(attribute.value) for name, attribute in node.attributes.items()}
+    x = node.inputs[0]
+    if numbers.get("rotary_embedding_dim") and x is not None and x.shape is not None and len(x.shape) == 4:
+        heads = x.shape[1]
+        if not isinstance(heads, int):
+            raise NotCuttable("a part of each head is turned, and the number of heads is unknown")
+        numbers["num_heads"] = heads
+    return [ir.AttrInt64(name, number) for name, number in numbers.items()], []
 
 
 def _match(add: ir.Node) -> _Rotary | None:
@@ -242,16 +283,16 @@ class _Caches:
     length: int
     made: dict[int, ir.Value] = field(default_factory=dict)
 
-    def get(self, value: ir.Value, positions: ir.Value) -> ir.Value:
-        """The table [M, D / 2] of `value` [B, 1, S, D] or [B, S, D] over all positions."""
+    def get(self, value: ir.Value, positions: ir.Value, is_half: bool) -> ir.Value:
+        """The table [M, D / 2] of `value` [B, 1, S, D] or [B, S, D] over all positions; [B, S, D / 2] if `is_half`."""
         base = value
         while (node := producer(base, "Unsqueeze", "Reshape", "Identity")) is not None and node.inputs[0] is not None:
             base = node.inputs[0]
         if id(base) not in self.made:
-            self.made[id(base)] = self._make(base, positions)
+            self.made[id(base)] = self._make(base, positions, is_half)
         return self.made[id(base)]
 
-    def _make(self, base: ir.Value, positions: ir.Value) -> ir.Value:
+    def _make(self, base: ir.Value, positions: ir.Value, is_half: bool) -> ir.Value:
         region = Region([positions], [base])
         extra = [leaf for leaf in region.leaves if leaf is not positions]
         for leaf in extra:
@@ -262,14 +303,14 @@ class _Caches:
         table = build_model(region.nodes, [positions, *extra], [base], region.constants, self._opset())
         for leaf in reversed(extra):
             _ask_batch_of_one(table.graph, leaf)
-        self._feed_all_positions(table)
+        self._feed_all_positions(table, is_half)
         optimizer.optimize(table, output_size_limit=256)  # folds what is about shapes, not the table itself
         return self._splice(table, name)
 
     def _opset(self) -> int:
         return self.fuser.model.opset_imports.get("", 18)
 
-    def _feed_all_positions(self, table: ir.Model) -> None:
+    def _feed_all_positions(self, table: ir.Model, is_half: bool) -> None:
         """Turns the model's input into 0 .. length - 1, its output into [M, D / 2]."""
         graph = table.graph
         given = graph.inputs.pop()
@@ -283,12 +324,15 @@ class _Caches:
         given.replace_all_uses_with(last.outputs[0])
         graph.extend(list(dict.fromkeys((counted, row, last))))
         full = graph.outputs.pop()
-        halves = ir.Node("", "Split", [full], [ir.AttrInt64("axis", -1), ir.AttrInt64("num_outputs", 2)], num_outputs=2)
-        if self._opset() < 18:
-            halves = ir.Node("", "Split", [full], [ir.AttrInt64("axis", -1)], num_outputs=2)
+        half = full
+        if not is_half:
+            given_as = [ir.AttrInt64("axis", -1), *([ir.AttrInt64("num_outputs", 2)] if self._opset() >= 18 else [])]
+            halves = ir.Node("", "Split", [full], given_as, num_outputs=2)
+            graph.append(halves)
+            half = halves.outputs[0]
         shape = constant(graph, np.array([self.length, -1], np.int64), "table_shape")
-        flat = ir.Node("", "Reshape", [halves.outputs[0], shape])
-        graph.extend([halves, flat])
+        flat = ir.Node("", "Reshape", [half, shape])
+        graph.append(flat)
         graph.outputs.append(flat.outputs[0])
         graph.sort()
 

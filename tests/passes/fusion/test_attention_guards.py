@@ -106,12 +106,12 @@ def _lengths_by_count(self: Any, mask: ir.Value) -> Any:
 
 _NODES, _LENGTHS = fuse_attention._Builder._nodes, fuse_attention._Builder._lengths
 NAIVE: dict[str, tuple[dict[str, Any], str, Callable[..., Any]]] = {
-    "dropped scale": ({}, "_nodes", lambda s, f, m, w: _NODES(s, dataclasses.replace(f, scale=0.0), m, w)),
-    "dropped window": ({"window": 20}, "_nodes", lambda s, f, m, w: _NODES(s, f, m, -1)),
+    "dropped scale": ({}, "_nodes", lambda s, f, m, w, b: _NODES(s, dataclasses.replace(f, scale=0.0), m, w, b)),
+    "dropped window": ({"window": 20}, "_nodes", lambda s, f, m, w, b: _NODES(s, f, m, -1, b)),
     "ignored mask": ({}, "_bias", lambda *_: None),
     "wrong lengths": ({}, "_lengths", _lengths_by_count),
     "dropped soft cap": (
-        {"masked": text.SOFTCAP}, "_nodes", lambda s, f, m, w: _NODES(s, dataclasses.replace(f, softcap=0.0), m, w),
+        {"masked": text.SOFTCAP}, "_nodes", lambda s, f, m, w, b: _NODES(s, dataclasses.replace(f, softcap=0.0), m, w, b),
     ),
 }  # fmt: skip
 

@@ -93,7 +93,7 @@ def test_a_mask_that_was_refused_once_is_written_out_by_the_next() -> None:
 
 
 STAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "Softmax over queries": ({"values": P["values"].replace("-1", "2")}, "the Softmax is not over the last of four axes"),
+    "Softmax over queries": ({"values": P["values"].replace("-1", "2")}, "the Softmax is not over the last"),
     "soft cap": ({"masked": text.SOFTCAP}, "the operator has no soft cap"),
     "selecting mask": (
         {"masked": "m = Where(seen, scaled, zero)", "inputs": ", bool[batch, 1, 1, seq] seen"},

@@ -158,7 +158,7 @@ def test_a_wrong_fusion_is_refused(
 def test_a_dropped_window_is_refused(tiny_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = fuse_attention._Builder._nodes
     monkeypatch.setattr(
-        fuse_attention._Builder, "_nodes", lambda self, found, mask, window: build(self, found, mask, -1)
+        fuse_attention._Builder, "_nodes", lambda self, found, mask, window, more: build(self, found, mask, -1, more)
     )
     source = source_of(tiny_export, "mistral", tmp_path)
     assert not fuse(source).changed
@@ -188,3 +188,46 @@ def test_encoders_are_not_its_business(tiny_export: Export, tmp_path: Path) -> N
     report = fuse(source)
     assert not report.changed
     assert not report.skipped
+
+
+# The operator of ai.onnx 23 that joins the cache itself: [B, S, heads D] in, the mask made of flags.
+OPERATOR = """<ir_version: 10, opset_import: ["" : 23]>
+g (int64[batch, seq] input_ids, int64[batch, total] attention_mask, float[batch, seq, 64] q, float[batch, seq, 32] k,
+   float[batch, seq, 32] v, float[batch, 2, past, 16] past_k, float[batch, 2, past, 16] past_v)
+=> (float[batch, seq, 64] y, float[batch, 2, total, 16] present_k, float[batch, 2, total, 16] present_v)
+{ zero = Constant <value_int = 0> () one = Constant <value_int = 1> () two = Constant <value_int = 2> ()
+  first = Constant <value_ints = [1]> () middle = Constant <value_ints = [1, 2]> ()
+  sizes = Shape(past_k) p = Gather <axis = 0> (sizes, two) whole = Shape(attention_mask)
+  t = Gather <axis = 0> (whole, one) columns = Range(zero, t, one) rows = Range(p, t, one)
+  row = Unsqueeze(rows, first) causal = LessOrEqual(columns, row)
+  flags = Cast <to = 9> (attention_mask) seen = Unsqueeze(flags, middle) mask = And(causal, seen)
+  y, present_k, present_v = Attention <q_num_heads = 4, kv_num_heads = 2 MORE> (q, k, v, mask, past_k, past_v) }"""
+
+
+def operator_feeds(batch: int, seq: int, past: int, padding: int) -> Feeds:
+    rng = np.random.default_rng(7)
+    mask = np.ones((batch, past + seq), np.int64)
+    mask[-1, :padding] = 0
+    sizes = {"q": (seq, 64), "k": (seq, 32), "v": (seq, 32), "past_k": (2, past, 16), "past_v": (2, past, 16)}
+    floats = {name: rng.standard_normal((batch, *size)).astype(np.float32) for name, size in sizes.items()}
+    return {"input_ids": np.zeros((batch, seq), np.int64), "attention_mask": mask, **floats}
+
+
+@pytest.mark.parametrize("more", ["", ", scale = 0.4", ", softcap = 2.0"])
+def test_the_operator_of_ai_onnx_is_read(more: str) -> None:
+    model = ir.from_onnx_text(OPERATOR.replace("MORE", more))
+    feeds = [operator_feeds(1, 5, 0, 0), operator_feeds(1, 1, 9, 0), operator_feeds(2, 1, 6, 4)]
+    before = [graphs.run(model, one) for one in feeds]
+    done = pipeline.run(model, pipeline.parse("simplify(shapes=False), fuse_attention"), Context())
+    ops = Counter(node.op_type for node in model.graph)
+    assert (ops["GroupQueryAttention"], ops["Attention"]) == (1, 0), done[-1][1].reasons()
+    for one, want in zip(feeds, before, strict=True):
+        got = graphs.run(model, one)
+        for name in want:
+            check.close(want[name], got[name])
+
+
+def test_an_operator_with_a_mask_of_its_own_is_left() -> None:
+    model = ir.from_onnx_text(OPERATOR.replace("MORE", ", is_causal = 1"))
+    done = pipeline.run(model, pipeline.parse("simplify(shapes=False), fuse_attention"), Context())
+    assert done[-1][1].reasons() == {"the operator makes a causal mask of its own": 1}

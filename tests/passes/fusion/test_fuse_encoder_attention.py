@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import check
+import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -98,3 +100,36 @@ def test_names_of_the_graph_are_not_taken(tiny_export: Export, tmp_path: Path) -
     assert held[1] is not None
     assert held[1].const_value is not None
     assert held[1].const_value.numpy().tolist() == [1]
+
+
+# The operator of ai.onnx 23, with heads in front and with heads side by side.
+HEAD = """<ir_version: 10, opset_import: ["" : 23]> g (float[batch, seq, 64] q, float[batch, seq, 64] k,
+float[batch, seq, 64] v, float[batch, 1, seq, seq] mask) => (float[batch, seq, 64] y)"""
+OPERATORS = {
+    "heads apart": """ {
+  split = Constant <value_ints = [0, 0, 4, 16]> () join = Constant <value_ints = [0, 0, 64]> ()
+  qs = Reshape(q, split) ks = Reshape(k, split) vs = Reshape(v, split)
+  qt = Transpose <perm = [0, 2, 1, 3]> (qs) kt = Transpose <perm = [0, 2, 1, 3]> (ks)
+  vt = Transpose <perm = [0, 2, 1, 3]> (vs) o = Attention MORE (qt, kt, vt, mask)
+  ot = Transpose <perm = [0, 2, 1, 3]> (o) y = Reshape(ot, join) }""",
+    "heads side by side": " { y = Attention MORE (q, k, v, mask) }",
+}
+
+
+@pytest.mark.parametrize("more", ["", ", scale = 0.4", ", is_causal = 1"])
+@pytest.mark.parametrize("form", OPERATORS)
+def test_the_operator_of_ai_onnx_is_read(form: str, more: str) -> None:
+    heads = "q_num_heads = 4, kv_num_heads = 4" if "side" in form else "softcap = 0.0"
+    model = ir.from_onnx_text(HEAD + OPERATORS[form].replace("MORE", f"<{heads}{more}>"))
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.standard_normal((2, 5, 64)).astype(np.float32) for name in "qkv"}
+    feeds["mask"] = np.zeros((2, 1, 5, 5), np.float32)
+    feeds["mask"][1, ..., 3:] = -1e9
+    before = graphs.run(model, feeds)
+    done = pipeline.run(model, pipeline.parse("simplify, fuse_encoder_attention"), Context())
+    ops = Counter(node.op_type for node in model.graph)
+    if "causal" in more:
+        assert done[-1][1].reasons() == {"the operator makes a causal mask of its own": 1}
+        return
+    assert (ops["MultiHeadAttention"], ops["Attention"]) == (1, 0), done[-1][1].reasons()
+    check.close(before["y"], graphs.run(model, feeds)["y"])

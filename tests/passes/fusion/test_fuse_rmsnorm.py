@@ -142,3 +142,20 @@ def test_ones_are_of_the_type_of_the_activation() -> None:
     report, ops = fuse(model)
     assert ops == {"SimplifiedLayerNormalization": 1}, report.reasons()
     check.close(before, graphs.run(model, half)["y"], tolerance=4e-3)  # steps of half precision
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [("", None), ("<axis = 2, epsilon = 0.3>", None), ("<axis = 1>", "more than the last axis is normalized")],
+)
+def test_the_operator_of_ai_onnx_is_read(attributes: str, reason: str | None) -> None:
+    weights = ", ".join(str(0.5 + 0.1 * i) for i in range(32))
+    head = HEAD.replace("18", "23").replace("version: 9", "version: 10")
+    model = ir.from_onnx_text(f"{head} <float[32] w = {{{weights}}}> {{ y = RMSNormalization {attributes} (x, w) }}")
+    if reason is not None:
+        assert fuse(model)[0].reasons() == {reason: 1}
+        return
+    before = graphs.run(model, X)
+    _, ops = fuse(model)
+    assert ops == {"SimplifiedLayerNormalization": 1}
+    check.close(before["y"], graphs.run(model, X)["y"])

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import check
 import graphs
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnxpress import models
@@ -60,3 +62,39 @@ def test_plain_additions_do_not_fire() -> None:
 def test_a_length_that_is_no_number_is_refused() -> None:
     with pytest.raises(OptionError, match="max_positions"):
         pipeline.parse("fuse_rotary(max_positions='long')")
+
+
+OPERATOR = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[batch, 4, seq, 16] x, int64[batch, seq] position_ids) => (float[batch, 4, seq, 16] y)
+<float[1, 1, WIDTH] frequencies = {frequencies}, float[32, WIDTH] table = {{{table}}}> {{ {body} }}"""
+
+
+def operator(body: str, width: int = 8) -> ir.Model:
+    """RotaryEmbedding of ai.onnx on [batch, 4 heads, tokens, 16]; `table` holds cosines and sines alike."""
+    rng = np.random.default_rng(2)
+    frequencies = "{" + ", ".join(str(0.5**i) for i in range(width)) + "}"
+    table = ", ".join(f"{number:.4f}" for number in rng.standard_normal(32 * width))
+    text = OPERATOR.format(body=body, frequencies=frequencies, table=table).replace("WIDTH", str(width))
+    return ir.from_onnx_text(text)
+
+
+ROWS = """axes = Constant <value_ints = [2]> () p = Cast <to = 1> (position_ids) u = Unsqueeze(p, axes)
+a = Mul(u, frequencies) c = Cos(a) s = Sin(a)"""
+BODIES = {
+    "tables": ("y = RotaryEmbedding(x, table, table, position_ids)", 8),
+    "interleaved": ("y = RotaryEmbedding <interleaved = 1> (x, table, table, position_ids)", 8),
+    "half of each head": ("y = RotaryEmbedding <rotary_embedding_dim = 8> (x, table, table, position_ids)", 4),
+    "a row for each token": (f"{ROWS} y = RotaryEmbedding(x, c, s)", 8),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_the_operator_of_ai_onnx_is_read(case: str) -> None:
+    body, width = BODIES[case]
+    model = operator(body, width)
+    rng = np.random.default_rng(4)
+    feeds = {"x": rng.standard_normal((2, 4, 3, 16)).astype(np.float32), "position_ids": rng.integers(0, 32, (2, 3))}
+    before = graphs.run(model, feeds)
+    pipeline.run(model, pipeline.parse("simplify(shapes=False), fuse_rotary(max_positions=32)"), Context())
+    assert [node.domain for node in model.graph if node.op_type == "RotaryEmbedding"] == ["com.microsoft"]
+    check.close(before["y"], graphs.run(model, feeds)["y"])
