@@ -56,26 +56,25 @@ def test_what_is_not_a_number_agrees_with_nothing() -> None:
     assert "differs by nan" in str(verdict(made, silu(named(made, "x"))))
 
 
-PAIRS: dict[str, tuple[str, str]] = {
-    "another attribute": ("a = Elu<alpha=1.0>(x) b = Elu<alpha=3.0>(x)", "a"),
+PAIRS: dict[str, str] = {
+    "another attribute": "a = Elu<alpha=1.0>(x) b = Elu<alpha=3.0>(x)",
     "another constant": ("one = Constant<value = float {1.0}>() two = Constant<value = float {2.0}>()"
-                         " e = Elu(x) a = Mul(e, one) b = Mul(e, two)", "a"),
-    "another operand": ("r = Relu(x) n = Neg(x) a = Add(r, r) b = Add(r, n)", "a"),
+                         " e = Elu(x) a = Mul(e, one) b = Mul(e, two)"),
+    "another operand": "s = Sin(x) t = Sin(s) a = Sub(t, s) b = Sub(t, t)",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_the_verdict_on_one_form_is_not_that_on_another(case: str) -> None:
-    body, _ = PAIRS[case]
-    made = model(f"{body} y = Add(a, b)")
+    made = model(f"{PAIRS[case]} y = Add(a, b)")
     fuser = Fuser(made, Report())
-    for value, reference in (("a", "a"), ("b", "a")):
+    for value in ("a", "b"):
         # a is replaced by a copy of itself, and so is b: wrong
-        node = named(made, reference).producer()
+        node = named(made, "a").producer()
         assert node is not None
         copy = ir.Node("", node.op_type, list(node.inputs), list(node.attributes.values()))
         reason = verdict(made, copy, "x", value, fuser)
-        assert (reason is None) == (value == reference), reason
+        assert (reason is None) == (value == "a"), reason
 
 
 def test_the_verdict_on_one_replacement_is_not_that_on_another() -> None:

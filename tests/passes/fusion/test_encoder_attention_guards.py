@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.fusion import fuse_encoder_attention
 from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
 
 P = text.ENCODER
@@ -122,6 +123,20 @@ def test_what_stays_and_why(case: str) -> None:
     report = fuse(model)
     assert not report.changed
     assert [reason in skip.reason for skip in report.skipped] == [True], report.reasons()
+
+
+def test_a_mask_that_may_have_one_row_must_be_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an unknown number of rows: a rule that hands the mask on as it is agrees until there is one."""
+    build = fuse_encoder_attention._nodes
+
+    def naive(graph: ir.Graph, found: Any, biases: dict[int, ir.Value]) -> list[ir.Node]:
+        nodes = build(graph, found, biases)
+        nodes[-1].replace_input_with(5, found.mask)
+        return nodes
+
+    monkeypatch.setattr(fuse_encoder_attention, "_nodes", naive)
+    model = text.encoder(masked="m = Add(scaled, own)", inputs=", float[batch, 1, rows, seq] own")
+    assert not fuse(model).changed
 
 
 def test_attention_with_a_cache_is_for_the_other_rule() -> None:

@@ -163,7 +163,7 @@ def test_a_weight_that_is_an_output_stays() -> None:
 def test_an_order_of_columns_stays() -> None:
     """The fifth input of MatMulNBits, which a product of both weights could have only one of."""
     model = gated("Relu")
-    Rtn(bits=4, block_size=16).run(model, Context())
+    Rtn(bits=4, block_size=16, symmetric=False).run(model, Context())
     for node in [node for node in model.graph if node.op_type == "MatMulNBits"]:
         order = ir.Value(name=f"{node.name}.order", const_value=ir.tensor(np.zeros(WIDTH, np.int32)))
         model.graph.register_initializer(order)

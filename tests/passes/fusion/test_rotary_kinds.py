@@ -20,7 +20,15 @@ from onnxpress.passes.fusion.fuse_rotary import FuseRotary
 HEADS, WIDTH, LENGTH = 2, 16, 64
 
 
-def rotary(turned: int, *, swapped: bool = False, by_longest: bool = False, counted: bool = False) -> ir.Model:
+def rotary(
+    turned: int,
+    *,
+    swapped: bool = False,
+    by_longest: bool = False,
+    counted: bool = False,
+    shifted: bool = False,
+    rest: str = "behind",
+) -> ir.Model:
     """x [batch, heads, tokens, width] of which the first columns are turned.
 
     Args:
@@ -28,6 +36,8 @@ def rotary(turned: int, *, swapped: bool = False, by_longest: bool = False, coun
         swapped: the halves are exchanged, which no kernel does.
         by_longest: another base once any position is above 16.
         counted: positions are 0, 1, ... [1, tokens], of a symbolic batch size.
+        shifted: another input of integers is added to the positions.
+        rest: where the columns that are not turned go, "behind" or "in front"; or "of another" value.
     """
     x = ir.val("x", ir.DataType.FLOAT, ["batch", HEADS, "tokens", WIDTH])
     ids = ir.val("position_ids", ir.DataType.INT64, ["batch", "tokens"])
@@ -59,6 +69,8 @@ def rotary(turned: int, *, swapped: bool = False, by_longest: bool = False, coun
         size = op("Gather", op("Shape", tokens, shape=[2], dtype=7), const(1), shape=[], dtype=7, axis=0)
         row = op("Range", const(0), size, const(1), shape=["tokens"], dtype=7)
         positions = op("Unsqueeze", row, const([0]), shape=["rows", "tokens"], dtype=7)
+    if shifted:
+        positions = op("Add", positions, tokens, shape=["batch", "tokens"], dtype=7)
     base = 1e4 ** (-np.arange(turned // 2) / (turned // 2))
     frequencies = const(base, np.float32)
     if by_longest:
@@ -80,7 +92,10 @@ def rotary(turned: int, *, swapped: bool = False, by_longest: bool = False, coun
     other = op("Concat", op("Neg", second, shape=like), first, shape=like, axis=-1)
     result = op("Add", op("Mul", part, cos, shape=like), op("Mul", other, sin, shape=like), shape=like)
     if turned < WIDTH:
-        result = op("Concat", result, columns(x, turned, WIDTH), shape=["batch", HEADS, "tokens", WIDTH], axis=-1)
+        source = op("Neg", x, shape=["batch", HEADS, "tokens", WIDTH]) if rest == "of another" else x
+        parts = [result, columns(source, turned, WIDTH)]
+        parts = parts[::-1] if rest == "in front" else parts
+        result = op("Concat", *parts, shape=["batch", HEADS, "tokens", WIDTH], axis=-1)
     result.name = "y"
     graph = ir.Graph(
         [x, ids, tokens], [result], nodes=nodes, initializers=weights, opset_imports={"": 18}, name="rotary"
@@ -123,6 +138,42 @@ def test_frequencies_that_depend_on_the_longest_position_stay() -> None:
     report = fuse(model)
     assert not report.changed
     assert report.skipped
+
+
+@pytest.mark.parametrize("case", ["in front", "of another", "an output"])
+def test_a_part_that_is_not_joined_with_its_own_rest_is_turned_alone(case: str) -> None:
+    model = rotary(8, rest=case)
+    part = next(node.outputs[0] for node in model.graph if node.op_type == "Add")
+    name = part.name
+    if case == "an output":
+        model.graph.outputs.append(part)
+    before = graphs.run(model, feeds())
+    assert fuse(model).changed == [name]
+    assert [node.op_type for node in model.graph].count("RotaryEmbedding") == 1
+    assert model.graph.outputs[0].producer().op_type == "Concat"
+    for key, got in graphs.run(model, feeds()).items():
+        check.close(before[key], got)
+
+
+def test_angles_that_depend_on_more_than_positions_stay() -> None:
+    """Other integers are zeros in a sample: only the graph tells that they matter."""
+    report = fuse(rotary(WIDTH, shifted=True))
+    assert report.reasons() == {"the angles also depend on input_ids": 1}
+
+
+def test_the_number_of_heads_must_be_known_for_a_part() -> None:
+    model = rotary(8)
+    model.graph.inputs[0].shape = ir.Shape(["batch", "heads", "tokens", WIDTH])
+    reason = "a part of each head is turned, and the number or width of heads is unknown"
+    assert fuse(model).reasons() == {reason: 1}
+
+
+def test_the_table_is_as_long_as_the_config_says() -> None:
+    model = rotary(WIDTH)
+    fuse(model)
+    (node,) = (node for node in model.graph if node.op_type == "RotaryEmbedding")
+    model.graph.outputs.append(node.inputs[2])  # type: ignore[arg-type]
+    assert list(graphs.run(model, feeds()).values())[-1].shape == (LENGTH, WIDTH // 2)
 
 
 def test_a_part_that_the_kernel_cannot_turn_stays_outside_of_attention(tmp_path: Path) -> None:
