@@ -16,6 +16,11 @@ import onnx_ir as ir
 # Operators that join the residual stream with the result of a sublayer, with the outputs that carry the sum.
 _SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
+# Types of token tables; indices and sizes are of wider ones.
+_TABLES = (
+    *(ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE),
+    *(ir.DataType.INT8, ir.DataType.UINT8),
+)
 # Operators through which no activation flows, only its shape.
 _SHAPE_ONLY = ("Shape", "Size", "ConstantOfShape", "Range")
 
@@ -107,30 +112,34 @@ def _is_cache(value: ir.Value) -> bool:
 
 
 def _rows(node: ir.Node) -> int:
-    table = node.inputs[0]
-    source = table.producer() if table is not None else None
-    if source is not None and source.op_type == "Transpose" and _is_float_matrix(source.inputs[0]):
-        return int(source.inputs[0].const_value.shape[1])  # type: ignore[union-attr, arg-type]
-    return int(table.const_value.shape[0]) if table is not None and table.const_value is not None else 0  # type: ignore[arg-type]
+    """Rows of the gathered table, 0 when they are unknown."""
+    table, is_turned = _table(node)
+    return int(table.shape[1 if is_turned else 0]) if table is not None else 0  # type: ignore[arg-type]
 
 
 def _width(node: ir.Node) -> int:
-    """Width of a gathered float table, 0 when the node gathers something else."""
-    table = node.inputs[0]
-    if table is None or table.const_value is None:
-        source = table.producer() if table is not None else None
-        if source is not None and source.op_type == "Transpose" and _is_float_matrix(source.inputs[0]):
-            return int(source.inputs[0].const_value.shape[0])  # type: ignore[union-attr, arg-type]  # a tied head's weight
-        is_view = source is not None and source.op_type == "Reshape" and node.op_type == "GatherBlockQuantized"
-        return _width_of_scales(node) if is_view else 0
+    """Width of a gathered table, 0 when the node gathers something else."""
     if node.op_type == "GatherBlockQuantized":
         return _width_of_scales(node)
-    return int(table.const_value.shape[1]) if _is_float_matrix(table) else 0  # type: ignore[arg-type]
+    table, is_turned = _table(node)
+    if table is None or len(table.shape) != 2 or table.dtype not in _TABLES:
+        return 0
+    return int(table.shape[0 if is_turned else 1])  # type: ignore[arg-type]
 
 
-def _is_float_matrix(value: ir.Value | None) -> bool:
-    tensor = None if value is None else value.const_value
-    return tensor is not None and len(tensor.shape) == 2 and tensor.dtype.is_floating_point()
+def _table(node: ir.Node) -> tuple[ir.TensorProtocol | None, bool]:
+    """The constant that a node gathers from, and whether it is read through a Transpose, as a tied head's may be.
+
+    A quantized one may be read through a DequantizeLinear, the codes of a tied head through a Reshape.
+    """
+    value, is_turned = node.inputs[0], False
+    while value is not None and value.const_value is None:
+        view = value.producer()
+        if view is None or view.op_type not in ("Transpose", "DequantizeLinear", "Reshape"):
+            return None, False
+        is_turned ^= view.op_type == "Transpose"
+        value = view.inputs[0]
+    return (None if value is None else value.const_value), is_turned
 
 
 def _width_of_scales(node: ir.Node) -> int:

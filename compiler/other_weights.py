@@ -61,7 +61,7 @@ def find_other_weights(
             site = (value.name if value is not None else None) or node.name or node.op_type
             if tensor.dtype in _CODES:
                 seen.add(id(tensor))
-                how = node_format(node) or f"{node.op_type}, {tensor.dtype.bitwidth} bits"
+                how = node_format(node) or f"{_reader(node).op_type}, {tensor.dtype.bitwidth} bits"
                 found.append(OtherWeight(site, how, f"already quantized: {how}"))
             elif tensor.dtype.is_floating_point() and len(tensor.shape) > 1 and node.op_type not in _ROTATES:
                 seen.add(id(tensor))
@@ -88,6 +88,13 @@ def node_format(node: ir.Node) -> str:
 
 def _holders(linears: Sequence[Linear], embeddings: Sequence[Embedding]) -> list[ir.Node]:
     return [one.node for one in linears] + [one.node for one in embeddings]
+
+
+def _reader(node: ir.Node) -> ir.Node:
+    """The operator that computes with what `node` reads, when `node` only gives a view of it."""
+    while node.op_type in ("Transpose", "Reshape", "Identity") and len(node.outputs[0].consumers()) == 1:
+        node = node.outputs[0].consumers()[0]
+    return node
 
 
 def _reason(node: ir.Node, index: int, tensor: ir.TensorProtocol, parent: ir.Node | None) -> str:

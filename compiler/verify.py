@@ -38,6 +38,7 @@ TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np
 
 _INLINE = 256  # bytes up to which a weight is kept in the graph file
 _IN_MEMORY = 64 << 20  # bytes of all weights in memory up to which they may travel inside a graph file
+_FEWEST_TOKENS = 16  # on which a loss is measured
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 Ids = npt.NDArray[np.int64]
@@ -153,7 +154,7 @@ class LossMeter:
                 self.ids, self.about = self.sample()
             if self._closed.is_set():
                 raise _ClosedError
-            return self._run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
+            return self._first_run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
 
         self._reference = in_thread(lambda: self._guarded(measure), "measure")
 
@@ -214,6 +215,18 @@ class LossMeter:
 
     def _snapshot(self, model: ir.Model, name: str) -> Path:
         return snapshot(model, self.work_dir, name)
+
+    def _first_run(self, probe: Probe) -> Outputs:
+        """As `_run`, with fewer tokens when so many do not run: without a config nobody knows how many may be given."""
+        whole = self.about
+        while True:
+            try:
+                return self._run(probe)
+            except Exception:  # ORT has one exception type per C++ code
+                if self.ids is None or self.ids.shape[1] < 2 * _FEWEST_TOKENS:
+                    raise
+                fewer = self.ids.shape[1] // 2
+                self.ids, self.about = self.ids[:, :fewer], f"the first {fewer} of {whole}"
 
     def _run(self, probe: Probe) -> Outputs:
         if self.ids is None or not probe.is_language_model:
@@ -310,10 +323,13 @@ class Verifier:
             return
         if pass_.promise is not Promise.LOSSY:
             fault, worst = compare(self._outputs, outputs, is_exact=pass_.promise is Promise.EXACT)
+            row: dict[str, Any] = {"pass": str(pass_), "promise": pass_.promise.value, "largest_difference": worst}
             if fault is not None:
-                raise self._failure(pass_, report, fault, path)
+                if pass_.promise is Promise.EXACT or worst == np.inf or not _rounds(model):
+                    raise self._failure(pass_, report, fault, path)
+                row["note"] = f"not verified: {fault}, but {_ROUNDING}"
             report.metrics["verified_difference"] = worst
-            self.results.append({"pass": str(pass_), "promise": pass_.promise.value, "largest_difference": worst})
+            self.results.append(row)
         discard(self._path)
         self._path, self._outputs = path, outputs
 
@@ -331,10 +347,23 @@ class Verifier:
         )
 
     def _run(self, path: Path) -> Outputs:
-        probe = Probe(path, threads=1)
+        # Where activations are rounded, the last bit of a sum can decide on a whole step.
+        exact = write_with_exact_activations(path)
+        probe = Probe(exact or path, threads=1)
+        if exact is not None:
+            exact.unlink()
         if not probe.is_language_model:
             return probe.run_random(self.seed, self.sizes)
         return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
+
+
+_ROUNDING = "the graph rounds its activations, where a last bit can become a whole step"
+
+
+def _rounds(model: ir.Model) -> bool:
+    """Whether operators of the graph round activations to integers, other than MatMulNBits."""
+    kinds = ("DynamicQuantizeLinear", "QuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+    return any(node.op_type in kinds for node in ir.traversal.RecursiveGraphIterator(model.graph))
 
 
 def compare(old: Mapping[str, Array], new: Mapping[str, Array], *, is_exact: bool) -> tuple[str | None, float]:

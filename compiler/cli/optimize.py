@@ -105,12 +105,15 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
     if line := _quality(card["quality"]):
         console.print(line)
     if verified := card.get("verified"):
-        differences = [one["largest_difference"] for one in verified if "largest_difference" in one]
-        worst = max(differences, default=0.0)
-        console.print(f"verified {len(differences)} passes: outputs within {worst:.1e} of their largest value")
+        sure = [one["largest_difference"] for one in verified if "note" not in one and "not_verified" not in one]
+        if sure:
+            console.print(f"verified {len(sure)} passes: outputs within {max(sure):.1e} of their largest value")
         for one in verified:
+            name = escape(one["pass"].partition("(")[0])
+            if "note" in one:
+                console.print(f"{name}: {escape(one['note'])}")
             if "not_verified" in one:
-                console.print(f"not verified from {one['pass']} on: it {one['not_verified']}")
+                console.print(f"not verified from {name} on: it {escape(one['not_verified'])}")
 
 
 def _quality(quality: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from onnxpress.compiler.linears import drop_unused, unique_name
+from onnxpress.compiler.linears import MICROSOFT, drop_unused, unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
 
 # What ONNX Runtime 1.31 loads; newer IR versions and opsets fail at load.
@@ -172,8 +173,36 @@ def _infer_shapes(model: ir.Model) -> None:
     """ONNX's own shape inference; operators it does not know keep what their pass wrote down."""
     level = logging.getLogger("onnx_ir").level
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-    common.ShapeInferencePass()(model)
+    with _known_products(model.graph):
+        common.ShapeInferencePass()(model)
     logging.getLogger("onnx_ir").setLevel(level)
+
+
+@contextmanager
+def _known_products(graph: ir.Graph) -> Iterator[None]:
+    """Lets every MatMulNBits without a shape be a MatMul for a while, which ONNX's shape inference knows."""
+    disguised = []
+    for node in graph:
+        if node.op_type == "MatMulNBits" and node.domain == MICROSOFT and node.outputs[0].shape is None:
+            sizes = [node.attributes[name].as_int() for name in ("K", "N")]
+            weight = ir.val(f"{node.outputs[0].name}/weight", ir.DataType.FLOAT, sizes)
+            disguised.append((node, weight, list(node.inputs), dict(node.attributes)))
+    for node, weight, _, _ in disguised:
+        node.op_type, node.domain = "MatMul", ""
+        node.resize_inputs(2)
+        node.replace_input_with(1, weight)
+        node.attributes.clear()
+        graph.inputs.append(weight)
+    try:
+        yield
+    finally:
+        for node, weight, inputs, attributes in disguised:
+            node.op_type, node.domain = "MatMulNBits", MICROSOFT
+            node.resize_inputs(len(inputs))
+            for index, value in enumerate(inputs):
+                node.replace_input_with(index, value)
+            node.attributes.update(attributes)
+            graph.inputs.remove(weight)
 
 
 def _share_equal_weights(graph: ir.Graph) -> Iterator[str]:

@@ -16,6 +16,7 @@ from onnxpress.compiler.region import SIZE_ARITHMETIC, NotCuttable, sized_number
 
 # Operators that move or repeat data without changing a number.
 _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
+_ROUNDS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
 @dataclass
@@ -336,9 +337,9 @@ def weighs_values(softmax: ir.Node) -> bool:
     while values and seen < 16:
         seen += 1
         for node in values.pop().consumers():
-            if node.op_type in ("MatMul", "Einsum"):
+            if node.op_type in ("MatMul", "Einsum", "MatMulInteger", "QLinearMatMul"):
                 return True
-            if node.op_type in (*_MOVES, "Where", "Dropout", "Mul"):
+            if node.op_type in (*_MOVES, "Where", "Dropout", "Mul", *_ROUNDS):
                 values += node.outputs[:1]
     return False
 

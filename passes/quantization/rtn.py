@@ -404,7 +404,8 @@ class Rtn(Pass):
             if table not in embeddings:
                 report.skip(table.table.name or "table", "narrower than the token table: kept exact")
         for other in find_other_weights(model, linears, tables):
-            report.skip(other.site, other.reason)
+            unread = ", which requantize does not read" if self.requantize and other.format else ""
+            report.skip(other.site, other.reason + unread)
         for site in sites:
             self._check_kernel(site.format, context.target.provider)
         loss = norm = 0.0
