@@ -84,7 +84,9 @@ def explain_fusion(model: ir.Model, context: Context) -> list[BlockFusion]:
 
 
 def unfused_layers(model: ir.Model) -> int:
-    """Layers of a decoder whose new keys come from something else than a fused attention operator."""
+    """Layers of a decoder whose cache is appended to by something else than a fused attention operator."""
+    if not any("past" in (value.name or "") for value in model.graph.inputs):
+        return 0  # the cache begins here: new keys are as the projections give them
     keys = [value for value in model.graph.outputs if "present" in (value.name or "") and "key" in (value.name or "")]
     makers = [value.producer() for value in keys]
     return sum(maker is not None and maker.op_type not in _ATTENTION for maker in makers)

@@ -24,7 +24,10 @@ KNOWN_TYPES = frozenset(
     )
 )
 _DEFAULT_CONTEXT = 2048  # when no config says how long a sequence may be
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+_LENGTH_KEYS = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"),
+    "max_target_positions",  # of decoders that read an encoder
+)
 _CACHE_NAME = re.compile(r"^(.*?)(\d+)(.*?)(key|value|k|v)$")
 
 

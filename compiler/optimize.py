@@ -41,6 +41,8 @@ DEFAULT_RECIPE = "int4"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
 Tell = Callable[[str], None]
 
 
@@ -230,6 +232,10 @@ def _warnings(model: ir.Model, pipeline: Pipeline, strict: bool) -> list[str]:
     Raises:
         UnsupportedModelError: there is something, and `strict`.
     """
+    nested = [node.op_type for node in model.graph if any(one.type in _GRAPHS for one in node.attributes.values())]
+    if nested and len(pipeline):
+        inside = ", ".join(sorted(set(nested)))
+        return [f"what lies inside {inside} was left as it is; a merged decoder is better given in its parts"]
     count = unfused_layers(model)
     if not count or not any(one.name() == "fuse_attention" for one in pipeline):
         return []

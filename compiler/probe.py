@@ -112,7 +112,7 @@ class Probe:
         return dict(zip(self.outputs, self.session.run(None, dict(feeds)), strict=True))
 
     def decoder_feeds(self, step: Step) -> dict[str, Array]:
-        """Inputs of a decoder or text encoder for one step."""
+        """Inputs of a decoder or text encoder for one step; what an encoder gave a decoder is random, and stays."""
         (batch, length), total = step.ids.shape, step.mask.shape[1]
         positions_BT = np.maximum(np.cumsum(step.mask, axis=1) - 1, 0)
         known = {
@@ -128,10 +128,10 @@ class Probe:
                 feeds[name] = known[name].astype(_TYPES[value.type], copy=False)
             elif name in step.cache:
                 feeds[name] = step.cache[name]
-            elif "past" in name:
+            elif "past" in name and not _is_of_encoder(value):
                 feeds[name] = np.zeros(_fill(value.shape, {0: batch}, 0), _TYPES[value.type])
             else:
-                feeds[name] = _random(name, value)
+                feeds[name] = _random(name, value, sizes={"batch": batch})
         return feeds
 
     def random_feeds(self, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
@@ -168,7 +168,7 @@ class Probe:
 
     def next_cache(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
         """What a decoder's outputs are as cache inputs of the next step, paired in the order of declaration."""
-        pasts = [name for name in self.inputs if "past" in name]
+        pasts = [name for name, value in self.inputs.items() if "past" in name and not _is_of_encoder(value)]
         presents = [name for name in self.outputs if "present" in name]
         by_name = {name.replace("present", "past_key_values"): name for name in presents}
         if all(past in by_name for past in pasts):
@@ -202,6 +202,11 @@ def kl_divergence(log_p_TV: npt.NDArray[np.float32], log_q_TV: npt.NDArray[np.fl
     kl_T = np.array([(np.exp(p_V) * (p_V - q_V)).sum(dtype=np.float64) for p_V, q_V in rows])
     np.maximum(kl_T, 0.0, out=kl_T)
     return kl_T
+
+
+def _is_of_encoder(value: Any) -> bool:
+    """Whether an input has as many rows as an encoder has tokens; a decoder's cache of them does not grow."""
+    return any("encoder" in str(dim) for dim in value.shape)
 
 
 def _random(name: str, value: Any, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Array:

@@ -98,8 +98,9 @@ def check_checkpoint(directory: Path, config: dict[str, Any]) -> list[Path]:
         )
     if config.get("is_encoder_decoder"):
         raise UnsupportedModelError(
-            f"{directory}: encoder-decoder models export to several graphs, which is not supported",
-            hint="export it with optimum-cli and give one of its .onnx files",
+            f"{directory}: expected one graph, an encoder-decoder model exports to several",
+            hint=f"optimum-cli export onnx --no-post-process --task {_task(config)}-with-past --model {directory} PARTS"
+            ", then for each file there onnxpress optimize PARTS/encoder_model.onnx -o OUT",
         )
     index = directories.read_json(directory / "model.safetensors.index.json")
     if isinstance(weight_map := index.get("weight_map"), dict):
@@ -119,6 +120,14 @@ def check_checkpoint(directory: Path, config: dict[str, Any]) -> list[Path]:
     for path in weights:
         check_safetensors(path)
     return weights
+
+
+def _task(config: dict[str, Any]) -> str:
+    """What optimum calls the use of an encoder-decoder model; it does not find that out from a directory."""
+    if "num_mel_bins" in config:
+        return "automatic-speech-recognition"
+    is_vision = str(config.get("model_type", "")).startswith("vision")
+    return "image-to-text" if is_vision else "text2text-generation"
 
 
 def check_safetensors(path: Path) -> None:

@@ -177,6 +177,43 @@ def _modernbert(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
     return _renamed("ModernBert", "ForMaskedLM", {}, **fields)(layers, hidden, overrides)
 
 
+_T5_NAMES = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "d_ff",
+    "max_position_embeddings": "",
+    "initializer_range": "",
+    "bos_token_id": "",
+}
+
+
+def _t5(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    fields = {"d_kv": hidden // 4, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": _SPECIAL.index(PAD)}
+    return _renamed("T5", "ForConditionalGeneration", _T5_NAMES, **fields)(layers, hidden, overrides)
+
+
+def _whisper(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
+    import transformers
+
+    text = _text_fields(layers, hidden)
+    sides = {
+        f"{side}_{key}": text[value]
+        for side in ("encoder", "decoder")
+        for key, value in (
+            ("layers", "num_hidden_layers"),
+            ("attention_heads", "num_attention_heads"),
+            ("ffn_dim", "intermediate_size"),
+        )
+    }
+    tokens = {key: text[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens |= {"decoder_start_token_id": tokens["bos_token_id"], "suppress_tokens": None, "begin_suppress_tokens": None}
+    sizes = {"d_model": hidden, "max_target_positions": 64, "init_std": 1.0 / hidden**0.5}
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**sides | tokens | sizes | overrides)
+    )
+
+
 def _vit(layers: int, hidden: int, overrides: dict[str, Any]) -> Any:
     import transformers
 
@@ -255,5 +292,7 @@ _BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "roberta": _renamed("Roberta", "ForMaskedLM", {}),
     "smollm3": _decoder("SmolLM3", no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 0], use_sliding_window=False),
     "stablelm": _decoder("StableLm", partial_rotary_factor=0.5),
+    "t5": _t5,
     "vit": _vit,
+    "whisper": _whisper,
 }

@@ -47,6 +47,8 @@ _ROUNDS_OTHERWISE = (
     "Gemm",
 )
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Simplify(Pass):
@@ -84,6 +86,9 @@ class Simplify(Pass):
         if (model.ir_version or 0) != IR_VERSION:
             report.change("ir version", before=model.ir_version, after=IR_VERSION)
             model.ir_version = IR_VERSION
+        for node in graph:
+            if any(one.type in _GRAPHS for one in node.attributes.values()):
+                report.skip(node.name or node.op_type, f"no pass looks into the graphs inside {node.op_type}")
         if model.opset_imports.get("", 0) > NEWEST_OPSET:
             report.skip(
                 f"opset {model.opset_imports['']}", "newer than what ONNX Runtime is known to run; left as it is"

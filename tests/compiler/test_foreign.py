@@ -44,7 +44,8 @@ def test_every_weight_is_quantized_or_has_a_reason(tmp_path: Path) -> None:
     reasons = {skip["reason"]: skip["sites"] for skip in rtn["skipped"]}
     assert reasons == {"inside of If: only the main graph is rewritten": ["inner_weight"]}
     skipped = {skip["reason"] for row in card["passes"] for skip in row["skipped"]}
-    assert skipped == set(reasons), "a classifier's Softmax is no attention, its head no language model's"
+    looked = {"no pass looks into the graphs inside If"}
+    assert skipped == set(reasons) | looked, "a classifier's Softmax is no attention, its head no language model's"
 
 
 def test_it_is_measured_on_sizes_that_it_runs_with(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ NAIVE: dict[str, tuple[dict[str, Any], str, Callable[..., Any]]] = {
     "ignored mask": ({}, "_bias", lambda *_: None),
     "wrong lengths": ({}, "_lengths", _lengths_by_count),
     "dropped soft cap": (
-        {"masked": text.SOFTCAP}, "_nodes", lambda s, f, m, w, b: _NODES(s, dataclasses.replace(f, softcap=0.0), m, w, b),
+        {"masked": text.SOFTCAP}, "_nodes",
+        lambda s, f, m, w, b: _NODES(s, dataclasses.replace(f, softcap=0.0), m, w, b),
     ),
 }  # fmt: skip
 

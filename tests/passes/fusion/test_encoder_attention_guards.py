@@ -129,8 +129,8 @@ def test_a_mask_that_may_have_one_row_must_be_written_out(monkeypatch: pytest.Mo
     """Of an unknown number of rows: a rule that hands the mask on as it is agrees until there is one."""
     build = fuse_encoder_attention._nodes
 
-    def naive(graph: ir.Graph, found: Any, biases: dict[int, ir.Value]) -> list[ir.Node]:
-        nodes = build(graph, found, biases)
+    def naive(graph: ir.Graph, found: Any, biases: dict[int, ir.Value], are_turned: bool) -> list[ir.Node]:
+        nodes = build(graph, found, biases, are_turned)
         nodes[-1].replace_input_with(5, found.mask)
         return nodes
 
