@@ -14,8 +14,8 @@ _HEAD = """# Architectures
 
 Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and
 compared with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators
-are per layer. `cuda`: what of the artifact for that target ONNX Runtime's CUDA provider leaves to the CPU, shape
-arithmetic apart, and whether values are copied between devices; "all" when every float node runs on CUDA.
+are per layer. cuda: whether ONNX Runtime's CUDA provider takes every float node of the artifact for `--target cuda`
+(fp16) and `--target cuda-bf16`, without a copy between devices inside the graph; planned, not run.
 Written by `pytest tests/architectures --update-architectures`.
 
 """
@@ -23,7 +23,7 @@ Written by `pytest tests/architectures --update-architectures`.
 
 @pytest.fixture(scope="session")
 def placements() -> dict[tuple[str, str], str]:
-    """What does not run on CUDA, by (model, target); of optimum's exports."""
+    """What does not run on CUDA, by (model, column of the table); of optimum's exports."""
     return {}
 
 
@@ -40,7 +40,7 @@ def architectures(
 
 def table(rows: list[dict[str, Any]], placements: dict[tuple[str, str], str]) -> str:
     names = list(max((row["differences"] for row in rows), key=len)) if rows else []
-    targets = sorted({target for _, target in placements})
+    targets = sorted({target for _, target in placements}, reverse=True)
     columns = [*names, *targets]
     lines = [
         f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(columns)} |",

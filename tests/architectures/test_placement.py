@@ -81,7 +81,9 @@ def test_every_float_node_runs_on_cuda(
     made = onnxpress.optimize(source, output=tmp_path / "made", recipe="fp32", target=target, measure=False)
     found = plan(made.directory)
     strays = sorted({name.partition(" ")[0] for name in found["stray"]})
-    placements[architecture, target] = ", ".join([*strays, *(["copies"] if found["inner_copies"] else [])]) or "all"
+    wrong = [*strays, *(["copies"] if found["inner_copies"] else [])]
+    column = {"cuda": "cuda fp16", "cuda-bf16": "cuda bf16"}[target]
+    placements[architecture, column] = f"not {', '.join(wrong)}" if wrong else "all on CUDA"
     assert found["stray"] == []
     assert found["inner_copies"] == []
     assert attention_on_cuda(found) == 3  # layers
