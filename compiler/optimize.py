@@ -25,6 +25,7 @@ from onnxpress.compiler.artifact import Artifact, write_card, write_companions, 
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
+from onnxpress.compiler.linears import find_embeddings
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
 from onnxpress.compiler.probe import image_sizes
@@ -253,12 +254,17 @@ def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier
 
 
 def _vocab_size(source: models.Source) -> int:
-    """Token ids that the model knows: the width of its logits, else what its config says."""
+    """Token ids that the model knows: rows of its token table, else what its config or the width of its logits says."""
+    tables = find_embeddings(source.model, [])
+    if tables:
+        return max(tables, key=lambda one: one.num_rows * one.width).num_rows
+    size = (source.config.get("text_config") or source.config).get("vocab_size")
+    if isinstance(size, int):
+        return size
     for value in source.model.graph.outputs:
         if value.name == "logits" and value.shape is not None and isinstance(value.shape[-1], int):
             return value.shape[-1]
-    size = (source.config.get("text_config") or source.config).get("vocab_size")
-    return size if isinstance(size, int) else 100
+    return 100
 
 
 def _card(

@@ -38,6 +38,7 @@ TOLERANCE = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 5e-2, np.dtype(np
 
 _INLINE = 256  # bytes up to which a weight is kept in the graph file
 _IN_MEMORY = 64 << 20  # bytes of all weights in memory up to which they may travel inside a graph file
+_LOG_P = "log_probabilities"  # beside the outputs of a model, derived from its logits
 _FEWEST_TOKENS = 16  # on which a loss is measured
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
@@ -102,8 +103,9 @@ class LossMeter:
 
     `kl` is the mean KL divergence per token (nats) of the next-token distribution, from the model before the first
     LOSSY pass to the one after this pass; `kl_added` is the part of this pass; `top1_agreement` the share of positions
-    at which both find the same token most likely. Other models than language models get `output_error`, the relative
-    root mean square error of their outputs on random inputs.
+    at which both find the same token most likely; what makes logits of something else has them too. Other models than
+    decoders get `cosine_similarity`, the least of all outputs, and `output_error`, their relative root mean square
+    error: text encoders on text, the rest on random inputs.
 
     Attributes:
         passes: the pipeline that is about to run.
@@ -188,10 +190,10 @@ class LossMeter:
         self._note(self._pending, outputs)
         self.quality |= {**self._metrics, "measured_on": self.about}
         if self.ids is not None:
-            self.quality["tokens"] = self.ids.shape[1] - 1
-        if self._is_causal:  # a masked language model does not predict the next token
-            self.quality["perplexity_before"] = self._perplexity(reference["log_probabilities"])
-            self.quality["perplexity_after"] = self._perplexity(outputs["log_probabilities"])
+            self.quality["tokens"] = self.ids.shape[1] - self._is_causal
+        if self._is_causal:  # an encoder does not predict the next token
+            self.quality["perplexity_before"] = self._perplexity(reference[_LOG_P])
+            self.quality["perplexity_after"] = self._perplexity(outputs[_LOG_P])
         if self.split:
             self._split(path)
 
@@ -229,10 +231,16 @@ class LossMeter:
                 self.ids, self.about = self.ids[:, :fewer], f"the first {fewer} of {whole}"
 
     def _run(self, probe: Probe) -> Outputs:
-        if self.ids is None or not probe.is_language_model:
+        if self.ids is None:
             return probe.run_random(0, self.sizes)
-        self._is_causal = any("past" in name for name in probe.inputs)
-        return {"log_probabilities": log_softmax(probe.logits(self.ids)[0])}
+        self._is_causal = probe.is_language_model and any("past" in name for name in probe.inputs)
+        if self._is_causal:
+            return {_LOG_P: log_softmax(probe.logits(self.ids)[0])}
+        outputs = probe.run(probe.decoder_feeds(Step(self.ids, np.ones_like(self.ids))))
+        if "logits" in outputs:  # of each token, or of a class for the whole text
+            logits = outputs["logits"].astype(np.float32, copy=False)
+            outputs[_LOG_P] = log_softmax(logits.reshape(-1, logits.shape[-1]))
+        return outputs
 
     def _note(self, report: Report, outputs: Outputs) -> None:
         reference = self._expected()
@@ -406,18 +414,34 @@ def write_with_exact_activations(path: Path) -> Path | None:
 
 
 def _distance(reference: Outputs, outputs: Outputs) -> dict[str, float]:
-    if "log_probabilities" in reference:
-        p_TV, q_TV = reference["log_probabilities"], outputs["log_probabilities"]
+    found: dict[str, float] = {}
+    if _LOG_P in reference:
+        p_TV, q_TV = reference[_LOG_P], outputs[_LOG_P]
         same = p_TV.argmax(axis=-1) == q_TV.argmax(axis=-1)
-        return {"kl": float(kl_divergence(p_TV, q_TV).mean()), "top1_agreement": float(same.mean())}
-    errors, norms = 0.0, 0.0
+        found |= {"kl": float(kl_divergence(p_TV, q_TV).mean()), "top1_agreement": float(same.mean())}
+    errors, norms, cosines = 0.0, 0.0, []
     for name, before in reference.items():
         after = outputs.get(name)
-        if after is None or after.shape != before.shape or not np.issubdtype(before.dtype, np.floating):
+        if (
+            name == _LOG_P
+            or after is None
+            or after.shape != before.shape
+            or not np.issubdtype(before.dtype, np.floating)
+        ):
             continue
-        errors += float(((before.astype(np.float64) - after.astype(np.float64)) ** 2).sum())
-        norms += float((before.astype(np.float64) ** 2).sum())
-    return {"output_error": float(np.sqrt(errors / norms)) if norms else 0.0}
+        old, new = before.astype(np.float64).ravel(), after.astype(np.float64).ravel()
+        errors += float(((old - new) ** 2).sum())
+        norms += float((old**2).sum())
+        cosines.append(_cosine(old, new))
+    if cosines:
+        found |= {"cosine_similarity": min(cosines), "output_error": float(np.sqrt(errors / norms)) if norms else 0.0}
+    return found
+
+
+def _cosine(old: Array, new: Array) -> float:
+    """Cosine of the angle between two outputs seen as vectors; 1 when both are zero."""
+    norms = float(np.linalg.norm(old) * np.linalg.norm(new))
+    return float(old @ new) / norms if norms else float(np.array_equal(old, new))
 
 
 def _decoder_outputs(probe: Probe, vocab_size: int, seed: int) -> Iterable[tuple[str, Array]]:

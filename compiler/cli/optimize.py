@@ -76,9 +76,13 @@ def optimize(
 def show_card(console: Console, card: dict[str, Any]) -> None:
     """The card of an artifact for people."""
     rows = []
+    loss, digits = "KL added", 4
+    if not any("kl_added" in row["metrics"] for row in card["passes"]) and "cosine_similarity" in card["quality"]:
+        loss, digits = "cosine", 5
+    key = "kl_added" if loss == "KL added" else "cosine_similarity"
     for row in card["passes"]:
         skipped = sum(one["count"] for one in row["skipped"])
-        kl = row["metrics"].get("kl_added")
+        cost = row["metrics"].get(key)
         rows.append(
             (
                 escape(row["pass"]),
@@ -87,11 +91,11 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
                 skipped or "",
                 f"{row['seconds']:.2f}",
                 size(row["bytes_after"]),
-                "" if kl is None else f"{kl:.4f}",
+                "" if cost is None else f"{cost:.{digits}f}",
             )
         )
     if rows:
-        columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", "KL added")
+        columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", loss)
         console.print(table(escape(str(card["name"])), columns, rows, left=2))
     for row in card["passes"]:
         for skip in row["skipped"]:
@@ -121,9 +125,12 @@ def _quality(quality: dict[str, Any]) -> str:
         return f"loss not measured: {escape(str(quality['not_measured']))}"
     parts = []
     if "kl" in quality:
-        parts.append(f"KL divergence {quality['kl']:.4f} nats per token")
+        each = " per token" if "perplexity_before" in quality else ""
+        parts.append(f"KL divergence {quality['kl']:.4f} nats{each}")
     if "kl_weights" in quality:
         parts.append(f"of it weights {quality['kl_weights']:.4f} and activations {quality['kl_activations']:.4f}")
+    if "cosine_similarity" in quality:
+        parts.append(f"cosine similarity of outputs {quality['cosine_similarity']:.5f}")
     if "output_error" in quality:
         parts.append(f"relative output error {quality['output_error']:.2e}")
     if "top1_agreement" in quality:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 
 import graphs
 import numpy as np
+import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context
-from onnxpress.models.tiny import tiny
+from onnxpress.compiler.probe import Probe, image_sizes
+from onnxpress.compiler.sample_text import sample_tokens
+from onnxpress.models.tiny import VOCABULARY, tiny
 
 LAYERS, HIDDEN = 3, 128
 ENCODERS = ["bert", "distilbert", "modernbert", "roberta", "vit"]
@@ -80,10 +85,61 @@ def test_encoder(
 @pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4", 0.97)])
 def test_quantized_encoders_stay_near(big_tiny_export: Export, tmp_path: Path, recipe: str, least: float) -> None:
     artifact = optimize(big_tiny_export("bert", "optimum"), output=tmp_path / recipe, recipe=recipe)
-    assert artifact.report["quality"]["kl"] > 0
+    quality = artifact.report["quality"]
+    assert quality["kl"] > 0
+    assert least <= quality["cosine_similarity"] < 1
     assert artifact.report["operators"]["com.microsoft.MultiHeadAttention"] == LAYERS
     inputs = inputs_of("bert", 1)
     want = torch_output(tiny("bert", num_layers=LAYERS, hidden_size=HIDDEN), inputs)
     model = models.load(artifact.directory, work_dir=tmp_path).model
     got = graphs.run(model, inputs | {"token_type_ids": np.zeros_like(inputs["input_ids"])})["logits"]
     assert (want * got).sum() / np.sqrt((want**2).sum() * (got**2).sum()) >= least
+
+
+@pytest.mark.parametrize(("architecture", "has_kl"), [("bert_classifier", True), ("vit", False), ("embedder", False)])
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.998), ("int4", 0.8)])
+def test_the_cosine_in_the_card_is_that_of_the_outputs(
+    tiny_export: Export, tmp_path: Path, architecture: str, has_kl: bool, recipe: str, least: float
+) -> None:
+    """Classes of a text or an image, or the last hidden state of a text."""
+    source = tiny_export("bert" if architecture == "embedder" else architecture)
+    if architecture == "embedder":
+        source = headless(source, tmp_path / "embedder")
+    card = optimize(source, output=tmp_path / "out", recipe=recipe).report
+    quality = card["quality"]
+    assert least <= quality["cosine_similarity"] < 1
+    assert quality["output_error"] > 0
+    if architecture == "vit":
+        feeds = Probe(source / "model.onnx").random_feeds(
+            sizes=image_sizes(models.load(source, work_dir=tmp_path).config)
+        )
+    else:
+        assert ("kl" in quality) == has_kl
+        assert quality["tokens"] == 128, "ids are those of the vocabulary, not of the classes"
+        files = models.load(source, work_dir=tmp_path).files
+        ids, _ = sample_tokens(files, "", count=128, vocab_size=VOCABULARY, seed=0)
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    want, got = (Probe(path / "model.onnx", optimized=True).run(feeds) for path in (source, tmp_path / "out"))
+    cosines = [
+        float((want[name] * got[name]).sum() / np.linalg.norm(want[name]) / np.linalg.norm(got[name])) for name in want
+    ]
+    assert quality["cosine_similarity"] == pytest.approx(min(cosines), abs=1e-4)
+    (rtn,) = [row for row in card["passes"] if row["pass"].startswith("rtn")]
+    assert rtn["metrics"]["cosine_similarity"] == quality["cosine_similarity"]
+
+
+def headless(source: Path, target: Path) -> Path:
+    """The encoder below a head for masked tokens, with two outputs."""
+    target.mkdir()
+    model = models.load(source, work_dir=target).model
+    inner = [value for node in model.graph if node.op_type == "LayerNormalization" for value in node.outputs]
+    states = [value for value in inner if value.name is not None and "/encoder/" in value.name]
+    model.graph.outputs[:] = [states[-1], states[0]]
+    model.graph.outputs[0].name, model.graph.outputs[1].name = "last_hidden_state", "first_hidden_state"
+    for value in model.graph.outputs:
+        value.dtype = ir.DataType.FLOAT
+    common.RemoveUnusedNodesPass()(model)
+    ir.save(model, target / "model.onnx", external_data="model.onnx.data")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(source / name, target / name)
+    return target

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +13,11 @@ from typing import Any
 
 import pytest
 from decoders import write_decoder
+from rich.console import Console
 
 from onnxpress.compiler import registry
 from onnxpress.compiler.cli import main
+from onnxpress.compiler.cli.optimize import show_card
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -266,3 +270,22 @@ def test_a_reader_that_leaves_early_is_no_error(source: Path) -> None:
     command = f"'{sys.executable}' -m onnxpress inspect '{source}' --json | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_an_encoder_shows_its_cosine_instead_of_a_perplexity() -> None:
+    def shown(metrics: dict[str, float], quality: dict[str, Any]) -> str:
+        row = {"pass": "rtn(bits=8)", "promise": "lossy", "changed": 1, "skipped": [], "seconds": 0.1, "bytes_after": 1}
+        size = {"bytes_before": 2, "bytes_after": 1, "nodes_before": 2, "nodes_after": 1}
+        console = Console(width=400, record=True, file=io.StringIO())
+        show_card(console, {"name": "m", "passes": [{**row, "metrics": metrics}], "size": size, "quality": quality})
+        return console.export_text()
+
+    near = {"cosine_similarity": 0.998765, "output_error": 0.05}
+    text = shown(near, {**near, "measured_on": "random inputs"})
+    assert re.search(r"weights\s+cosine", text)
+    assert text.count("0.99877") == 2  # in the row of the pass and below the table
+    assert "cosine similarity of outputs 0.99877, relative output error 5.00e-02 (on random inputs)" in text
+    loss = {"kl": 0.01, "top1_agreement": 0.9}
+    text = shown({**loss, "kl_added": 0.01}, {**loss, "measured_on": "text"})
+    assert "KL added" in text
+    assert "cosine" not in text
