@@ -113,8 +113,6 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("scale of the keys ignored", "scale=scale * q_scale * k_scale", "scale=scale * q_scale"),
         ("scale above the soft cap ignored", "scale *= softcap  #", "#"),
         ("values are scaled", 'if v_scale != 1.0:\n        raise NotCuttable("the values', 'if False:\n        raise NotCuttable("the values'),
-        ("condition of a selecting mask", 'mask = node.inputs[0] if node.op_type == "Where" else', "mask ="),
-        ("two masks", "if len(up) != 1 or mask is not None:", "if len(up) != 1:"),
         ("anything between scores and Softmax", 'raise NotCuttable(f"{node.op_type} between the scores and the Softmax")', "value = node.inputs[0]"),
         ("cache of any origin", "if past is None or new is None or not past.is_graph_input():", "if past is None or new is None:"),
         ("other readers of probabilities", 'if len(readers) != 1:\n            break\n        node = readers[0]\n        if node.op_type == "MatMul" and node', 'if not readers:\n            break\n        node = readers[0]\n        if node.op_type == "MatMul" and node'),
@@ -125,7 +123,6 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("size of the product is asked", "if not all(_ends_in(node, walked) for node in sizes):", "if False:"),
         ("rotary of other angles", "if not same or q.inputs[0] is None", "if q.inputs[0] is None"),
         ("interleaved rotary ignored", "found.interleaved = 0 if attribute is None else attribute.as_int()", "found.interleaved = 0"),
-        ("any turn of the heads", 'list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or not transpose', "not transpose"),
         ("query heads of the cache", "return static(self.q, 2) // self.head_size", "return self.num_kv_heads"),
     ),
     f"{_FUSION}/fuse_encoder_attention.py": (

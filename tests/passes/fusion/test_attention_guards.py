@@ -146,6 +146,10 @@ STAYS: dict[str, tuple[dict[str, Any], str]] = {
         {"values": "p = Softmax<axis=-1>(m) g = Where(drop, zero, p) o = MatMul(g, vv)", "inputs": ", bool[1] drop"},
         "some probabilities are replaced",
     ),
+    "guard for other rows": (
+        {"values": "p = Softmax<axis=-1>(m) nan = IsNaN(scaled) g = Where(nan, zero, p) o = MatMul(g, vv)"},
+        "some probabilities are replaced",
+    ),
     "shifted scores": ({"masked": "t = Add(scaled, bias) m = Sub(t, two)"},
                        "Sub between the scores and the Softmax"),
     "no mask": (
@@ -192,6 +196,7 @@ def test_a_rotary_of_other_angles_for_the_keys_stays_outside() -> None:
     report = fuse(model)
     assert len(report.changed) == 1, report.reasons()
     assert "do_rotary" not in fused(model).attributes
+    assert "rotary" not in report.ledger[0], "nobody tried to take it in"
     assert [node.op_type for node in model.graph].count("RotaryEmbedding") == 2
     text.check_same(before, model, 3)
 
