@@ -168,7 +168,7 @@ def _partial(found: _Rotary) -> tuple[list[ir.Attr], list[tuple[ir.Value, ir.Sha
     joins = found.output.consumers()
     cut = producer(found.x, "Slice", "Split")
     join = joins[0] if len(joins) == 1 and joins[0].op_type == "Concat" and len(joins[0].inputs) == 2 else None
-    if cut is None or join is None or join.inputs[0] is not found.output or found.output.is_graph_output():
+    if cut is None or join is None or found.output.is_graph_output():
         return [], []
     rest = producer(join.inputs[1], "Slice", "Split")
     whole = cut.inputs[0]
