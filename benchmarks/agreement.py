@@ -28,7 +28,7 @@ import onnxpress
 from onnxpress import models
 from onnxpress.models.tiny import VOCABULARY, save_tiny, tiny_names
 
-_ENCODERS = ("bert", "distilbert", "modernbert", "resnet", "roberta", "t5", "vit", "whisper")
+_ENCODERS = ("bert", "bert_classifier", "distilbert", "modernbert", "resnet", "roberta", "t5", "vit", "whisper")
 PROMPT = [1, *range(40, 51)]
 LAYERS, HIDDEN = 3, 128
 
