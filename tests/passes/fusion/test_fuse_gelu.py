@@ -105,7 +105,7 @@ def wide(b: graphs.Builder, x: Any) -> Any:
 
 def text(body: str = "h = Mul(x, t) y = Mul(h, half)", inputs: str = "", outputs: str = "") -> ir.Model:
     """GELU of x by its error function, t being 1 + erf(x / sqrt(2)); `body` makes y of both."""
-    numbers = {"root": math.sqrt(2), "one": 1.0, "half": 0.5, "two": 2.0}
+    numbers = {"root": math.sqrt(2), "one": 1.0, "half": 0.5, "two": 2.0, "hundred": 100.0, "zero": 0.0}
     weights = ", ".join(f"float {name} = {{{number}}}" for name, number in numbers.items())
     return ir.from_onnx_text(
         f"""<ir_version: 9, opset_import: ["" : 18]> g (float[batch, seq, 8] x{inputs}) =>
@@ -144,6 +144,14 @@ def test_values_in_between_that_are_outputs_stay(output: str) -> None:
 def test_values_in_between_that_others_read_stay() -> None:
     body = "h = Mul(x, t) y = Mul(h, half) z = Neg(h)"
     assert not FuseGelu().run(text(body, outputs=", float[batch, seq, 8] z"), Context()).changed
+
+
+def test_what_differs_only_far_out_is_seen_by_its_operators() -> None:
+    """Zero for x above 100, which no random number is: running both forms would not tell."""
+    body = "far = Greater(x, hundred) f = Where(far, zero, half) h = Mul(x, t) y = Mul(h, f)"
+    report = FuseGelu().run(text(body), Context())
+    assert not report.changed
+    assert len(report.skipped) == 1
 
 
 def test_half_precision_is_for_the_target_that_has_a_kernel() -> None:
