@@ -249,7 +249,7 @@ through `onnxpress optimize` with each recipe. Outputs are compared with those o
 Runtime on the CPU: the least cosine similarity of any output, and the largest difference relative to the output's
 largest value. A random model has no accuracy to keep; its cosines are lower than those of a trained one.
 
-Written by `python benchmarks/foreign.py --markdown docs/foreign.md`, with the versions pinned in the script.
+Written by `python benchmarks/foreign.py --markdown docs/foreign.md`; the versions of the wheels stand in the script.
 
 """
 _PAGE_END = """

@@ -201,6 +201,9 @@ def test_what_onnxruntime_quantized(encoder: Path, tmp_path: Path, how: str, for
     assert reasons[f"already quantized: {format_}"] == summary.quantized[format_]
     assert card["operators"].get("com.microsoft.MultiHeadAttention", 0) == (2 if fuses else 0)
     assert bool(found["fuse_encoder_attention"]["skipped"]) == (how == "qdq")
+    if how == "nbits":  # without a config nobody knows that the table of positions has 128 rows
+        assert card["quality"]["tokens"] == 128
+        assert card["quality"]["measured_on"].startswith("the first 128 of 512 random tokens")
     ids = np.random.default_rng(1).integers(3, 250, (2, 20))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     want = graphs.run(ir.load(path), feeds)["logits"]

@@ -12,6 +12,7 @@ from onnxpress.compiler.blocks import find_blocks
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.canonicalize.simplify import IR_VERSION, Simplify
+from onnxpress.passes.quantization.rtn import Rtn
 
 
 def network(builder: graphs.Builder, copy_head: bool) -> ir.Model:
@@ -120,3 +121,25 @@ def test_what_changes_inside_of_a_branch_is_reported() -> None:
     inner = branches.attributes["then_branch"].as_graph()
     inner.append(ir.node("Neg", inner.outputs[:1]))  # that nobody reads
     assert Simplify().run(model, Context()).changed == ["graph"]
+
+
+def test_shapes_are_known_behind_a_quantized_product() -> None:
+    """ONNX's shape inference does not know MatMulNBits, and what others quantize says nothing of its output."""
+    builder = graphs.Builder(64, 128, 0)
+    table = builder.weight(128, 64, name="table")
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    model = builder.finish(builder.step("silu", builder.step("linear", x, x), x), False, table)
+    Rtn(bits=8).run(model, Context())
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    (gather,) = [node for node in model.graph if node.op_type == "GatherBlockQuantized"]
+    gather.outputs[0].shape = ir.Shape(["batch", "sequence", 64])
+    before = graphs.run(model)
+    operands = [(node.op_type, [value.name for value in node.inputs], dict(node.attributes)) for node in model.graph]
+    Simplify().run(model, Context())
+    assert all(len(node.outputs[0].shape) == 3 for node in model.graph)
+    assert model.graph[-1].outputs[0].shape[-1] == 128
+    kept = [(node.op_type, [value.name for value in node.inputs], dict(node.attributes)) for node in model.graph]
+    assert kept == operands
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
