@@ -333,7 +333,7 @@ class Verifier:
             fault, worst = compare(self._outputs, outputs, is_exact=pass_.promise is Promise.EXACT)
             row: dict[str, Any] = {"pass": str(pass_), "promise": pass_.promise.value, "largest_difference": worst}
             if fault is not None:
-                if pass_.promise is Promise.EXACT or worst == np.inf or not _rounds(model):
+                if pass_.promise is Promise.EXACT or worst > _ROUNDED or not _rounds(model):
                     raise self._failure(pass_, report, fault, path)
                 row["note"] = f"not verified: {fault}, but {_ROUNDING}"
             report.metrics["verified_difference"] = worst
@@ -365,6 +365,8 @@ class Verifier:
         return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
 
 
+# A step of 8 bits is 0.8 % of the largest activation; a few of them in a row stay below this, a lost scale does not.
+_ROUNDED = 0.1
 _ROUNDING = "the graph rounds its activations, where a last bit can become a whole step"
 
 

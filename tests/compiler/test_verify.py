@@ -91,6 +91,11 @@ def test_what_a_graph_rounds_itself_is_noted(tmp_path: Path) -> None:
         pipeline.run(rounding(), [Exact(factor=1.02)], Context(), [Verifier(tmp_path)])
 
 
+def test_what_rounding_cannot_explain_fails_there_too(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError):
+        pipeline.run(rounding(), [Close(factor=1.3)], Context(), [Verifier(tmp_path)])
+
+
 def test_activations_that_matmulnbits_rounds_are_compared_exactly(tmp_path: Path) -> None:
     model = decoder()
     find("rtn")().run(model, Context())
