@@ -41,7 +41,12 @@ def flattened(kind: str = "") -> ir.Model:
     shape = builder.op("Concat", size, builder.axes(OUT), axis=0)
     shape.dtype = ir.DataType.INT64
     if kind == "rows mixed":  # [S, B, N] read as [B, S, N]
-        product = builder.op("Reshape", product, builder.axes(5, 2, OUT))
+        sizes = [builder.op("Shape", x, start=start, end=start + 1) for start in (1, 0)]
+        for one in sizes:
+            one.dtype = ir.DataType.INT64
+        shape = builder.op("Concat", *sizes, builder.axes(OUT), axis=0)
+        shape.dtype = ir.DataType.INT64
+        product = builder.op("Reshape", product, shape, width=OUT)
         product = builder.op("Transpose", product, perm=[1, 0, 2], width=OUT)
     else:
         product = builder.op("Reshape", product, shape, width=OUT)

@@ -86,6 +86,10 @@ def packed(kind: str, *, guard: str = "") -> ir.Model:
         parts = [cut(apart, place * SIZE, (place + 1) * SIZE, 3) for place in range(3)]
         for part in parts:
             part.shape = ir.Shape(["batch", HEADS, "sequence", SIZE])
+    elif kind == "in any order":
+        order = np.random.default_rng(1).permutation(3 * INNER).reshape(3, INNER)
+        index = [builder.const(one.astype(np.int64), f"at{place}") for place, one in enumerate(order)]
+        parts = [builder.op("Gather", product, one, axis=2, width=INNER) for one in index]
     else:  # gathered
         apart = builder.op("Reshape", product, builder.axes(0, 0, HEADS, 3, SIZE))
         index = [builder.const(np.array(place, np.int64), f"at{place}") for place in range(3)]
@@ -108,7 +112,7 @@ def packed(kind: str, *, guard: str = "") -> ir.Model:
     return builder.finish(last, False, table)
 
 
-@pytest.mark.parametrize("kind", ["below each other", "by head", "by head, turned", "gathered"])
+@pytest.mark.parametrize("kind", ["below each other", "by head", "by head, turned", "gathered", "in any order"])
 def test_each_part_becomes_a_product(kind: str) -> None:
     model = packed(kind)
     before = graphs.run(model)["logits"]
