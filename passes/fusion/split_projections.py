@@ -30,7 +30,7 @@ from onnxpress.passes.fusion._attention import ends_in
 
 Columns = npt.NDArray[np.int64]
 
-_MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Identity")
+_MOVES = ("Reshape", "Transpose", "Slice", "Split", "Gather", "GatherND", "Squeeze", "Unsqueeze", "Identity")
 _DIGIT = 256  # the largest base whose digits are exact in bfloat16
 _SIZES = ((2, 3), (1, 41))  # (B, S) tried
 _LEAST_WIDTH = 8  # a part narrower than that is no projection: a single column of a router, say
@@ -133,7 +133,7 @@ def _split(fuser: Fuser, site: str, packed: Projection, moves: list[ir.Node], pa
     stored = [weight] if packed.bias is None else [weight, packed.bias]
     if packed.output in parts:
         return  # somebody wants the whole
-    if not any(move.op_type in ("Slice", "Split", "Gather") for move in moves):
+    if not any(move.op_type in ("Slice", "Split", "Gather", "GatherND") for move in moves):
         return  # heads taken apart, nothing packed
     if any(len(value.uses()) != 1 or value.is_graph_output() for value in stored):
         raise NotCuttable("other nodes read the packed weight too")

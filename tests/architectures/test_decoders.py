@@ -26,7 +26,7 @@ OPTIMUM = [
     *("mistral", "mixtral", "olmo2", "opt", "phi3", "phi4", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
     "stablelm",
 ]
-DYNAMO = ["gemma3", "granite", "phi4", "smollm3"]
+DYNAMO = ["bloom", "falcon", "gemma3", "gpt_neox", "granite", "opt", "phi4", "smollm3"]
 # What may stand between a projection and its attention without being a chain that moves data about.
 _FUSED = ("GroupQueryAttention", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 _FUSED += ("LayerNormalization", "SkipLayerNormalization", "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding")
