@@ -9,7 +9,7 @@ read `w_NK()`, compute, and hand the result back through `set_weight` or by buil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,27 @@ def drop_unused(graph: ir.Graph, value: ir.Value | None) -> None:
         and not value.is_graph_output()
     ):
         del graph.initializers[value.name]
+
+
+def derived(
+    graph: ir.Graph, tensor: ir.TensorProtocol, base: str, sizes: Sequence[int], make: Callable[[Any], Any]
+) -> ir.Value:
+    """A new initializer that is made of `tensor` when it is saved.
+
+    Args:
+        graph: gets it.
+        tensor: a weight; `make` turns its array into one of `sizes` and the same type.
+        base: of the name; made unique.
+    """
+    name = unique_name(graph, base)
+
+    def read() -> ir.Tensor[Any]:
+        return ir.Tensor(np.ascontiguousarray(make(tensor.numpy())), dtype=tensor.dtype, name=name)
+
+    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(sizes), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(tensor.dtype), const_value=lazy)
+    graph.register_initializer(value)
+    return value
 
 
 def unique_name(graph: ir.Graph, base: str) -> str:

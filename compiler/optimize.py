@@ -26,7 +26,7 @@ from onnxpress.compiler.errors import CalibrationError, OptionError, Unsupported
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.linears import find_embeddings
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, weight_bytes
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, subgraphs, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
 from onnxpress.compiler.probe import image_sizes
 from onnxpress.compiler.report import Card
@@ -42,7 +42,6 @@ DEFAULT_RECIPE = "int4"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 Tell = Callable[[str], None]
 
@@ -231,21 +230,22 @@ def _warnings(model: ir.Model, pipeline: Pipeline, strict: bool) -> list[str]:
     """What the user should know about a graph that is about to be written.
 
     Raises:
-        UnsupportedModelError: there is something, and `strict`.
+        UnsupportedModelError: attention is left unfused, and `strict`.
     """
-    nested = [node.op_type for node in model.graph if any(one.type in _GRAPHS for one in node.attributes.values())]
+    warnings = []
+    nested = [node.op_type for node in model.graph if subgraphs(node)]
     if nested and len(pipeline):
         inside = ", ".join(sorted(set(nested)))
-        return [f"what lies inside {inside} was left as it is; a merged decoder is better given in its parts"]
+        warnings.append(f"what lies inside {inside} was left as it is; a merged decoder is better given in its parts")
     count = unfused_layers(model)
     if not count or not any(one.name() == "fuse_attention" for one in pipeline):
-        return []
+        return warnings
     warning = f"the attention of {count} layers was not fused"
     if strict:
         raise UnsupportedModelError(
             warning, hint="`onnxpress explain-fusion` says why; without `strict` it is a warning"
         )
-    return [warning]
+    return [*warnings, warning]
 
 
 def _verifier(source: models.Source, context: Context, stage: Stage) -> Verifier:

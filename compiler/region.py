@@ -123,6 +123,8 @@ class Region:
                         digest.update(tensor.tobytes())
             for value in node.outputs:
                 number[id(value)] = len(number)
+        for value in self.outputs:
+            digest.update(f">{number.get(id(value))}".encode())
         for leaf in self.leaves:
             digest.update(f"{leaf.dtype}{_rank_and_width(leaf)}".encode())
         return digest.hexdigest()

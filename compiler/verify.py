@@ -25,7 +25,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import UnsupportedModelError, UserError, VerificationError
-from onnxpress.compiler.pass_ import Pass, Promise, Report
+from onnxpress.compiler.pass_ import Pass, Promise, Report, subgraphs
 from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
 from onnxpress.compiler.region import first_line
 from onnxpress.compiler.threads import in_thread
@@ -40,7 +40,6 @@ _INLINE = 256  # bytes up to which a weight is kept in the graph file
 _IN_MEMORY = 64 << 20  # bytes of all weights in memory up to which they may travel inside a graph file
 _LOG_P = "log_probabilities"  # beside the outputs of a model, derived from its logits
 _FEWEST_TOKENS = 16  # on which a loss is measured
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 Ids = npt.NDArray[np.int64]
 Outputs = dict[str, Array]
@@ -68,7 +67,7 @@ def in_place(model: ir.Model) -> tuple[bytes, Path] | None:
     Small weights are taken into the file: shape inference cannot read others.
     """
     folders, small, in_memory = set(), {}, 0
-    if any(attribute.type in _GRAPHS for node in model.graph for attribute in node.attributes.values()):
+    if any(subgraphs(node) for node in model.graph):
         return None  # a branch or loop may hold weights of its own
     for value in model.graph.initializers.values():
         tensor = value.const_value

@@ -27,13 +27,16 @@ def visiting_all(model: Any) -> Iterator[int]:
     the exporter as it is.
     """
     changed = [block for block in model.modules() if _is_routed(block) and _agrees(block)]
+    own = [vars(block).get("forward") for block in changed]
     for block in changed:
         block.forward = types.MethodType(forward, block)
     try:
         yield len(changed)
     finally:
-        for block in changed:
+        for block, before in zip(changed, own, strict=True):
             del block.forward
+            if before is not None:
+                block.forward = before
 
 
 def forward(block: Any, hidden_states: Any) -> tuple[Any, Any]:
@@ -88,4 +91,13 @@ def _agrees(block: Any) -> bool:
             return False
     if not isinstance(wanted, tuple) or len(wanted) != 2:
         return False
-    return all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in zip(wanted, got, strict=True))
+    return all(_is_close(one, two) for one, two in zip(wanted, got, strict=True))
+
+
+def _is_close(one: Any, two: Any) -> bool:
+    """Whether both are tensors of one shape and type with the same numbers."""
+    import torch
+
+    if not isinstance(one, torch.Tensor) or one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return bool(torch.allclose(one, two, rtol=1e-4, atol=1e-5))

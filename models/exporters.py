@@ -124,8 +124,6 @@ def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
             f"exporter 'dynamo' handles decoder-only language models, {type(model).__name__} is none",
             hint="use exporter 'optimum'",
         )
-    if hasattr(model, "set_experts_implementation"):  # transformers 5
-        model.set_experts_implementation("eager")
     # Different sizes everywhere, none of them 0 or 1: torch.export takes equal sizes for the same dimension.
     batch, new, past = 2, 3, 5
     layers = _cache_shapes(model)
@@ -147,18 +145,17 @@ def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
     )
     kinds = [f"{index}.{kind}" for index in range(len(layers)) for kind in ("key", "value")]
     inputs = ["input_ids", "attention_mask", *(["position_ids"] if takes_positions else [])]
-    with _EveryExpert(model.config.get_text_config()):
-        program = torch.onnx.export(
-            _FlatCache(model).eval(),
-            arguments,
-            f=None,
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=shapes,
-            input_names=[*inputs, *(f"past_key_values.{kind}" for kind in kinds)],
-            output_names=["logits", *(f"present.{kind}" for kind in kinds)],
-            optimize=False,
-        )
+    program = torch.onnx.export(
+        _FlatCache(model).eval(),
+        arguments,
+        f=None,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=shapes,
+        input_names=[*inputs, *(f"past_key_values.{kind}" for kind in kinds)],
+        output_names=["logits", *(f"present.{kind}" for kind in kinds)],
+        optimize=False,
+    )
     graph_model: ir.Model = program.model
     # torch notes the Python stack of every node, half the size of the file.
     common_passes.ClearMetadataAndDocStringPass()(graph_model)
@@ -222,24 +219,6 @@ class _FlatCache(torch.nn.Module):  # type: ignore[misc]
         )
         present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
         return (output.logits, *present)
-
-
-class _EveryExpert(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
-    """Lets a mixture of experts visit all experts, whose loop transformers runs over those that were hit.
-
-    Which are hit is data, and torch.export knows no loop over data. An expert that was not hit gets no tokens.
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-        # transformers 5 has a row more, for tokens that no expert here serves.
-        self.shapes = {(count + more,) for count in counts if isinstance(count, int) for more in (0, 1)}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.nonzero and args[0].dtype == torch.bool and tuple(args[0].shape) in self.shapes:
-            return [torch.tensor([index]) for index in range(args[0].shape[0])]
-        return func(*args, **(kwargs or {}))
 
 
 def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:

@@ -8,6 +8,7 @@ matcher walks the whole graph for every rule and node, 45 s on the 7,426 nodes o
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from onnxpress.compiler.linears import MICROSOFT, drop_unused, unique_name
+from onnxpress.compiler.linears import MICROSOFT, derived, drop_unused
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
 
 # What ONNX Runtime 1.31 loads; newer IR versions and opsets fail at load.
@@ -46,8 +47,6 @@ _ROUNDS_OTHERWISE = (
     "MatMul",
     "Gemm",
 )
-
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ class Simplify(Pass):
             report.change("ir version", before=model.ir_version, after=IR_VERSION)
             model.ir_version = IR_VERSION
         for node in graph:
-            if any(one.type in _GRAPHS for one in node.attributes.values()):
+            if subgraphs(node):
                 report.skip(node.name or node.op_type, f"no pass looks into the graphs inside {node.op_type}")
         if model.opset_imports.get("", 0) > NEWEST_OPSET:
             report.skip(
@@ -261,29 +260,18 @@ def _fold_transposes(graph: ir.Graph) -> Iterator[str]:
             continue
         if node.outputs[0].is_graph_output() or source.is_graph_output():
             continue
-        is_tied = len(source.uses()) != 1
-        if is_tied and not (_is_gathered(node.outputs[0]) and len(source.const_value.shape) == 2):
-            continue  # a transposed copy would double it
         tensor = source.const_value
         permutation = node.attributes.get("perm")
         axes = tuple(permutation.as_ints()) if permutation is not None else tuple(range(len(tensor.shape)))[::-1]
-        new = _transposed(graph, tensor, axes, f"{source.name}/{'rows' if is_tied else 'transposed'}")
+        is_tied = len(source.uses()) != 1
+        if is_tied and not (_is_gathered(node.outputs[0]) and axes == (1, 0)):
+            continue  # a transposed copy would double it
+        sizes = [tensor.shape.numpy()[axis] for axis in axes]
+        base = f"{source.name}/{'rows' if is_tied else 'transposed'}"
+        new = derived(graph, tensor, base, sizes, functools.partial(np.transpose, axes=axes))
         node.outputs[0].replace_all_uses_with(new)
         graph.remove(node, safe=True)
         if is_tied:  # the table is stored as it is gathered, the head reads it through a Transpose
             _read_transposed(graph, new, source)
         drop_unused(graph, source)
         yield source.name or "weight"
-
-
-def _transposed(graph: ir.Graph, tensor: ir.TensorProtocol, axes: tuple[int, ...], base: str) -> ir.Value:
-    name = unique_name(graph, base)
-    shape = ir.Shape([tensor.shape.numpy()[axis] for axis in axes])
-
-    def read() -> ir.Tensor[Any]:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(axes)), dtype=tensor.dtype, name=name)
-
-    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-    graph.register_initializer(value)
-    return value

@@ -10,17 +10,17 @@ Axes:    B batch, S sequence, K in features, N out features
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.fusing import Fuser, discard, vector
-from onnxpress.compiler.linears import unique_name
+from onnxpress.compiler.linears import derived
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import Array, NotCuttable, Region, build_model, first_line, random_feed, session
 
-_BATCH, _SEQUENCE = 2, 3
+_SIZES = ((2, 3), (5, 4))  # (B, S) tried: no size of one is a size of the other
 _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Reciprocal", "Identity", "Cast"),
@@ -116,30 +116,34 @@ def _check(fuser: Fuser, rows: _Rows) -> None:
     ends = [exit_.inputs[0] for exit_ in rows.exits if exit_.inputs[0] is not None]
     if not ends or x is None:
         raise NotCuttable("the rows are never unfolded")
-    rng = np.random.default_rng(fuser.seed)
-    given: dict[int, Array] = {}
-    for end in ends:
-        width = None if end.shape is None or len(end.shape) != 2 else end.shape[1]
-        if not isinstance(width, int):
-            raise NotCuttable(f"the width of {end.name} is unknown")
-        dtype = (end.dtype or ir.DataType.FLOAT).numpy()
-        given[id(end)] = rng.standard_normal((_BATCH * _SEQUENCE, width)).astype(dtype)
     region = Region([x, *ends], [flat, *(exit_.outputs[0] for exit_ in rows.exits)])
-    feed = random_feed(region.leaves, {"batch": _BATCH, "sequence": _SEQUENCE}, rng, given)
     opset = fuser.model.opset_imports.get("", 18)
+    rng = np.random.default_rng(fuser.seed)
+    same = []
     try:
-        model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
-        folded, *unfolded = session(model)(feed)
+        call = session(build_model(region.nodes, region.leaves, region.outputs, region.constants, opset))
+        for batch, sequence in _SIZES:
+            given = {id(end): _random_rows(end, batch * sequence, rng) for end in ends}
+            feed = random_feed(region.leaves, {"batch": batch, "sequence": sequence}, rng, given)
+            folded, *unfolded = call(feed)
+            whole = feed[[id(leaf) for leaf in region.leaves].index(id(x))]
+            same.append(np.array_equal(folded, whole.reshape(-1, whole.shape[-1])))
+            for end, result in zip(ends, unfolded, strict=True):
+                same.append(np.array_equal(result, given[id(end)].reshape(batch, sequence, -1)))
     except NotCuttable:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common type
         raise NotCuttable(f"the Reshapes do not run by themselves: {first_line(error)}") from None
-    whole = feed[[id(leaf) for leaf in region.leaves].index(id(x))]
-    same = [np.array_equal(folded, whole.reshape(-1, whole.shape[-1]))]
-    for end, result in zip(ends, unfolded, strict=True):
-        same.append(np.array_equal(result, given[id(end)].reshape(_BATCH, _SEQUENCE, -1)))
     if not all(same):
         raise NotCuttable("the Reshapes do more than fold batch and sequence")
+
+
+def _random_rows(end: ir.Value, count: int, rng: np.random.Generator) -> Array:
+    """Numbers for `count` rows of a value of known width."""
+    width = None if end.shape is None or len(end.shape) != 2 else end.shape[1]
+    if not isinstance(width, int):
+        raise NotCuttable(f"the width of {end.name} is unknown")
+    return rng.standard_normal((count, width)).astype((end.dtype or ir.DataType.FLOAT).numpy())
 
 
 def _unfolded(graph: ir.Graph, rows: _Rows) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -188,7 +192,8 @@ def _product(graph: ir.Graph, gemm: ir.Node, anew: dict[int, ir.Value]) -> list[
     if weight is None or weight.const_value is None:
         raise NotCuttable("the matrix is no constant")
     if _is_set(gemm, "transB"):
-        weight = _transposed(graph, weight)
+        sizes = weight.const_value.shape.numpy()[::-1]
+        weight = derived(graph, weight.const_value, f"{weight.name}.T", sizes, np.transpose)
     base = gemm.name or gemm.outputs[0].name
     nodes = [ir.Node("", "MatMul", [anew[id(gemm.inputs[0])], weight], name=f"{base}/product")]
     if bias is not None:
@@ -202,20 +207,3 @@ def _is_set(node: ir.Node, name: str) -> bool:
 
 def _rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
-
-
-def _transposed(graph: ir.Graph, weight: ir.Value) -> ir.Value:
-    """An initializer [K, N] that reads a matrix [N, K] when it is saved."""
-    tensor = weight.const_value
-    assert tensor is not None
-    name = unique_name(graph, f"{weight.name}.T")
-    sizes = tensor.shape.numpy()[::-1]
-
-    def read() -> ir.Tensor[Any]:
-        turned: Array = np.ascontiguousarray(tensor.numpy().T)
-        return ir.Tensor(turned, dtype=tensor.dtype, name=name)
-
-    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(sizes), name=name)
-    new = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(tensor.dtype), const_value=lazy)
-    graph.register_initializer(new)
-    return new

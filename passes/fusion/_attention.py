@@ -7,6 +7,7 @@ Axes:    B batch, S sequence, T past + S, H query heads, G key/value heads, D wi
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -104,8 +105,10 @@ class Core:
 
 
 def is_anchor(node: ir.Node) -> bool:
-    """Whether `node` may be what `read_core` starts from."""
-    return node.op_type == "Softmax" or (node.op_type == "Attention" and node.domain in ("", "ai.onnx"))
+    """Whether `node` may be what `read_core` starts from: not the Softmax of a classifier or a router."""
+    if node.op_type == "Softmax":
+        return _weighs_values(node)
+    return node.op_type == "Attention" and node.domain in ("", "ai.onnx")
 
 
 def read_core(anchor: ir.Node) -> Core:
@@ -331,7 +334,7 @@ def product_with_values(softmax: ir.Node) -> tuple[ir.Node, bool]:
     raise NotCuttable("no product of probabilities and values below the Softmax")
 
 
-def weighs_values(softmax: ir.Node) -> bool:
+def _weighs_values(softmax: ir.Node) -> bool:
     """Whether a product reads what the Softmax makes, as in any attention, however it is written."""
     values, seen = list(softmax.outputs), 0
     while values and seen < 16:
@@ -402,6 +405,23 @@ def _absorb_rotary(found: Attention) -> None:
     found.positions, found.cos, found.sin = q.inputs[1], q.inputs[2], q.inputs[3]
     attribute = q.attributes.get("interleaved")
     found.interleaved = 0 if attribute is None else attribute.as_int()
+
+
+def made_from(sources: Sequence[ir.Value], stop: ir.Value, passed: Collection[ir.Node] = ()) -> set[int]:
+    """Ids of the values that are computed from `sources`, sizes included, by other nodes than `passed`.
+
+    What is computed from `stop` is not followed: where `stop` is made from the sources and an operand were among its
+    results, the graph would have been a circle before.
+    """
+    found: set[int] = set()
+    queue = list(sources)
+    while queue:
+        for node in queue.pop().consumers():
+            for value in () if node in passed else node.outputs:
+                if id(value) not in found and value is not stop:
+                    found.add(id(value))
+                    queue.append(value)
+    return found
 
 
 def flat(value: ir.Value, found: Attention) -> ir.Value:

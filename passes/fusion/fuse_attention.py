@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Fuser, constant, discard, producer
+from onnxpress.compiler.fusing import Fuser, constant, discard, producer, scalar
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.region import (
     Array,
@@ -34,7 +34,16 @@ from onnxpress.compiler.region import (
     random_feed,
     run,
 )
-from onnxpress.passes.fusion._attention import Attention, Mask, is_anchor, rank, read_cached, static, unscaled
+from onnxpress.passes.fusion._attention import (
+    Attention,
+    Mask,
+    is_anchor,
+    made_from,
+    rank,
+    read_cached,
+    static,
+    unscaled,
+)
 
 # Added to the scores of padding: far below any score, and finite in float16 (a row of -inf would give NaN).
 _HIDDEN = -30000.0
@@ -76,9 +85,13 @@ class FuseAttention(Pass):
 
 
 def _uncut(mask: ir.Value) -> ir.Value:
-    """The mask before it is cut to the length of this layer's keys, which it has anyway."""
+    """The mask before it is cut to the first keys, as many as this layer has, which is all that it has."""
     cut = producer(mask, "Slice")
-    return mask if cut is None or cut.inputs[0] is None or rank(cut.inputs[0]) != 4 else cut.inputs[0]
+    if cut is None or cut.inputs[0] is None or rank(cut.inputs[0]) != 4 or len(cut.inputs) < 4:
+        return mask
+    is_from_first = scalar(cut.inputs[1]) == 0 and scalar(cut.inputs[3]) in (3, -1)
+    step = 1.0 if len(cut.inputs) < 5 else scalar(cut.inputs[4])
+    return cut.inputs[0] if is_from_first and step == 1.0 else mask
 
 
 def _joins_cache(node: ir.Node) -> bool:
@@ -154,11 +167,11 @@ class _Builder:
 
     def _check_order(self, found: Attention, biases: Sequence[Mask]) -> None:
         """What goes into the operator must not come out of it."""
-        made = [found.output, found.present_k, found.present_v]
-        stops = [found.q, found.k, found.v, *made]
-        for bias in biases:
-            if any(one in made for node in Region(stops, [bias.value]).nodes for one in node.inputs):
-                raise NotCuttable("what is added to the scores depends on the keys that the operator makes")
+        made = made_from([found.present_k, found.present_v], found.output)
+        operands = [found.q, found.k, found.v, found.cos, found.sin, found.positions, *(one.value for one in biases)]
+        for operand in operands:
+            if operand is not None and id(operand) in made:
+                raise NotCuttable(f"{operand.name} depends on the keys that the operator makes")
 
     def _window(self, found: Attention) -> tuple[int, list[Mask]]:
         """(how many tokens a query sees, itself included, -1 for all; the masks with values of their own, as ALiBi).
@@ -176,15 +189,25 @@ class _Builder:
     def _probe(self, region: Region, found: Attention) -> tuple[int, list[int]]:
         """The window, and the places of the masks that do more than hide tokens."""
         constants = [
-            int(value.const_value.numpy().reshape(-1)[0])
+            int(number)
             for value in region.constants
-            if value.const_value is not None and value.const_value.size == 1 and value.dtype == ir.DataType.INT64
+            if value.const_value is not None
+            and value.const_value.size == 1
+            and (number := abs(float(value.const_value.numpy().reshape(-1)[0]))) < _TO_THE_END
         ]
-        constants = [number for number in constants if number < _TO_THE_END]
         named = [int(self.context.config.get(key) or 0) for key in ("sliding_window", "attention_window_size")]
         # A square of stored flags (GPT-2) ends where the model's positions end.
         stored = [size for value in region.constants if (size := _rows_of_square(value))]
-        total = min([min(max([64, *constants, *named]), 1 << 17) + 9, *stored])
+        total = min(max([64, *constants, *named]), 1 << 17) + 9
+        try:
+            return self._probe_at(total, region, found)
+        except NotCuttable:
+            if not stored or min(stored) >= total:
+                raise
+        return self._probe_at(min(stored), region, found)
+
+    def _probe_at(self, total: int, region: Region, found: Attention) -> tuple[int, list[int]]:
+        """`_probe` on a step that is token number `total`."""
         mask_input = self._mask_input(found)
         opset = self.fuser.model.opset_imports.get("", 18)
         model = build_model(region.nodes, region.leaves, region.outputs, region.constants, opset)
@@ -192,15 +215,15 @@ class _Builder:
             iter(_Samples(found, mask_input, -1, 0, window_known=False).steps(region.leaves, [(1, 1, total - 1, 0)]))
         )
         try:
-            rows = [row.reshape(-1) for row in run(model, feed)]
+            rows = run(model, feed)
         except Exception as error:  # ONNX Runtime's exceptions have no common type
             raise NotCuttable(f"the mask does not run by itself: {first_line(error)}") from None
         seen, places = np.ones(total, np.bool_), []
         for place, (mask, row) in enumerate(zip(found.masks, rows, strict=True)):
             visible = row if row.dtype == np.bool_ else row.astype(np.float64) > -1e3
             if row.size == total and (row.dtype == np.bool_ or not row[visible].any()):
-                seen &= visible
-            elif mask.is_added and rank(mask.value) in (3, 4):
+                seen &= visible.reshape(-1)
+            elif mask.is_added and rank(mask.value) in (3, 4) and row.shape[-1] == total:
                 places.append(place)
             else:
                 raise NotCuttable("the mask has not one entry for each key")
@@ -285,7 +308,7 @@ class _Builder:
         return self.lengths[id(mask)]
 
     def _bias(self, mask: ir.Value, visible: ir.Value, biases: Sequence[Mask], heads: int) -> ir.Value:
-        """[B, 1 or H, S, T]: `_HIDDEN` for padding, and what the model itself adds to the scores; once per model."""
+        """[B, 1 or H, S, T]: `_HIDDEN` for padding, and `biases`, which the model itself adds; once for each set."""
         key: tuple[Any, ...] = (id(mask),)
         if key not in self.biases:
             made = _Chain(self.graph, "mask/padding")

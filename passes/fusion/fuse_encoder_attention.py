@@ -12,7 +12,7 @@ Axes:    B batch, S tokens, P tokens in the cache, H heads, D width of a head
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,13 +24,13 @@ from onnxpress.compiler.region import Array, NotCuttable, Region, build_model, f
 from onnxpress.passes.fusion._attention import (
     is_anchor,
     joined_output,
+    made_from,
     rank,
     read_core,
     same_sizes,
     static,
     to_cache,
     unscaled,
-    weighs_values,
 )
 
 
@@ -44,10 +44,10 @@ class FuseEncoderAttention(Pass):
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         fuser = Fuser(model, report, context.seed)
-        biases: dict[int, ir.Value] = {}  # by id of the mask
+        biases: dict[tuple[Any, ...], ir.Value] = {}  # by `_bias_key`
         for node in list(model.graph):
-            if not is_anchor(node) or (node.op_type == "Softmax" and not weighs_values(node)):
-                continue  # of a classifier or a router
+            if not is_anchor(node):
+                continue
             site = node.name or node.outputs[0].name or "attention"
             try:
                 found = _read(node)
@@ -92,7 +92,6 @@ class _Attention:
     head_size: int
     is_written_out: bool = False  # the mask has a row for each query: ONNX Runtime's `Attention` takes no other
     is_guarded: bool = False  # rows without any key give zeros
-    nodes: list[ir.Node] = field(default_factory=list)
 
     @property
     def outputs(self) -> list[ir.Value]:
@@ -104,7 +103,7 @@ def _read(anchor: ir.Node) -> _Attention:
     """Walks from a Softmax or an operator `Attention` to its operands.
 
     Raises:
-        NotCuttable: the first thing that is not as in attention without a cache.
+        NotCuttable: the first thing that the operator has no place for.
     """
     axis = anchor.attributes.get("axis")
     if axis is not None and axis.as_int() not in (-1, 3):
@@ -229,12 +228,18 @@ def _joined_before(apart: ir.Value, scale: float) -> _Operand:
     return _Operand(apart, scale, is_apart=True)
 
 
-def _fuse(fuser: Fuser, site: str, found: _Attention, biases: dict[int, ir.Value]) -> None:
+def _fuse(fuser: Fuser, site: str, found: _Attention, biases: dict[tuple[Any, ...], ir.Value]) -> None:
     """Replaces one attention, or raises NotCuttable with the reason why not."""
     presents = found.outputs[1:]
-    if found.mask is not None and _is_made_from(found.mask, presents):
-        raise NotCuttable("the mask is made from what the cache holds")
+    # Who asks the whole cache for its size is told past + new: see `_sizes_from_past`.
+    asked = [node for one in presents for node in one.consumers() if node.op_type == "Shape"]
+    if any(node.outputs[0].is_graph_output() for node in asked):
+        raise NotCuttable("the size of the cache is an output of the graph")
     operands = [found.q.value, found.k.value, found.v.value]
+    made = made_from(presents, found.output, asked)
+    for operand in (*operands, found.mask):
+        if operand is not None and id(operand) in made:
+            raise NotCuttable(f"{operand.name} is made from what the cache holds")
     pasts = [one.past for one in (found.k, found.v) if one.past is not None]
     inputs = [*operands, *pasts, *([found.mask] if found.mask is not None else [])]
 
@@ -269,15 +274,9 @@ def _fuse(fuser: Fuser, site: str, found: _Attention, biases: dict[int, ir.Value
             fuser.replace(site, found.outputs, new_outputs, nodes, scale=found.scale)
             return
         if any(node.op_type == "Expand" for node in nodes):
-            del biases[id(found.mask)]
+            del biases[_bias_key(found)]
         discard(nodes)
     raise NotCuttable(reason or "no form agrees")
-
-
-def _is_made_from(value: ir.Value, sources: Sequence[ir.Value]) -> bool:
-    """Whether `value` is computed from what a source holds, and not just from its size."""
-    makers = [one.producer() for one in sources]
-    return any(node in makers for node in _ancestors(value))
 
 
 def _ancestors(value: ir.Value) -> Iterator[ir.Node]:
@@ -358,7 +357,30 @@ def _random_mask(mask: ir.Value, usual: Sequence[int], axis: int | None, rng: np
     return numbers
 
 
-def _nodes(graph: ir.Graph, found: _Attention, biases: dict[int, ir.Value], are_turned: bool) -> list[ir.Node]:
+def _bias_key(found: _Attention) -> tuple[Any, ...]:
+    """Equal where one mask is written out to one size: by its own sizes, else by those of queries and keys."""
+    assert found.mask is not None
+    key: list[Any] = [id(found.mask)]
+    shape = found.mask.shape
+    for axis, operand in ((2, found.q), (3, found.k)):
+        own = None if shape is None or len(shape) != 4 else shape[axis]
+        if own == 1 or own is None or (not isinstance(own, int) and own.value is None):
+            key.append(_length(operand))
+    return tuple(key)
+
+
+def _length(operand: _Operand) -> Any:
+    """How many tokens, as the graph names it; the operand itself where that is unknown or made up by inference."""
+    shape = operand.value.shape
+    axis = 1 if rank(operand.value) == 3 or operand.is_apart else 2
+    size = None if shape is None else shape[axis]
+    name = size if isinstance(size, int) or size is None else size.value
+    return id(operand.value) if name is None or str(name).startswith("unk__") else (name, operand.past is None)
+
+
+def _nodes(
+    graph: ir.Graph, found: _Attention, biases: dict[tuple[Any, ...], ir.Value], are_turned: bool
+) -> list[ir.Node]:
     """The fused operator, preceded by what brings its operands into form."""
     nodes: list[ir.Node] = []
     name = found.output.name or "attention"
@@ -392,7 +414,7 @@ def _nodes(graph: ir.Graph, found: _Attention, biases: dict[int, ir.Value], are_
 
     q = flat(found.q)
     k, v = (flat(one) if are_turned else one.value for one in (found.k, found.v))
-    bias = found.mask if found.mask is None else biases.get(id(found.mask))
+    bias = found.mask if found.mask is None else biases.get(_bias_key(found))
     if found.mask is not None and bias is None:
         # Often the same for all queries, [B, 1, 1, S]; the operator wants it written out. Once for all layers.
         start = len(nodes)
@@ -408,7 +430,7 @@ def _nodes(graph: ir.Graph, found: _Attention, biases: dict[int, ir.Value], are_
         shape = add("Concat", [ones, size(q, index), keys], [ir.AttrInt64("axis", 0)])
         for node in nodes[start:]:
             node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        bias = biases[id(found.mask)] = add("Expand", [found.mask, shape])
+        bias = biases[_bias_key(found)] = add("Expand", [found.mask, shape])
     attributes = [ir.AttrInt64("num_heads", found.num_heads), ir.AttrFloat32("scale", found.scale)]
     operands = [q, k, v, None, None, bias, found.k.past, found.v.past]
     while operands[-1] is None:

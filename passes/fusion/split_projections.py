@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler import projections
 from onnxpress.compiler.fusing import Fuser, constant
-from onnxpress.compiler.linears import unique_name
+from onnxpress.compiler.linears import derived
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.projections import Projection
 from onnxpress.compiler.region import Array, NotCuttable, Region, build_model, first_line, random_feed, session
@@ -216,18 +216,10 @@ def _product(graph: ir.Graph, packed: Projection, part: ir.Value, chosen: Part, 
 
 def _chosen(graph: ir.Graph, value: ir.Value, columns: Columns, base: str) -> ir.Value:
     """An initializer that reads `columns` of the last axis of another when it is saved."""
-    name = unique_name(graph, base)
     tensor = value.const_value
     assert tensor is not None
     first = int(columns[0])
     is_run = bool((columns == np.arange(first, first + len(columns))).all())
     place: Any = slice(first, first + len(columns)) if is_run else columns
     sizes = [*tensor.shape.numpy()[:-1], len(columns)]
-
-    def read() -> ir.Tensor[Any]:
-        return ir.Tensor(np.ascontiguousarray(tensor.numpy()[..., place]), dtype=tensor.dtype, name=name)
-
-    lazy = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(sizes), name=name)
-    new = ir.Value(name=name, shape=ir.Shape(sizes), type=ir.TensorType(tensor.dtype), const_value=lazy)
-    graph.register_initializer(new)
-    return new
+    return derived(graph, tensor, base, sizes, lambda whole: whole[..., place])

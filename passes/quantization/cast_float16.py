@@ -30,7 +30,7 @@ from onnx_ir.passes import common
 
 from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import unique_name
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 LARGEST = {HALF: 65504.0, BFLOAT: float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
@@ -75,7 +75,7 @@ class CastFloat16(Pass):
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         graph = model.graph
-        if any(attr.type in _GRAPHS for node in graph for attr in node.attributes.values()):
+        if any(subgraphs(node) for node in graph):
             raise PreconditionError(
                 "cast_float16: expected a graph without If, Loop and Scan", hint="export a single, unconditional graph"
             )
@@ -90,9 +90,6 @@ class CastFloat16(Pass):
         _Caster(graph, types, _roles(graph, types, half), report, half).run()
         graph.sort()
         return report
-
-
-_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 @dataclass

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
 from onnxpress.compiler.optimize import optimize
 from onnxpress.models import tiny
+from onnxpress.models.experts import forward as visited
 from onnxpress.models.experts import visiting_all
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
@@ -29,12 +33,30 @@ def test_both_forms_agree_and_the_model_is_given_back(architecture: str) -> None
     assert own == [type(module).forward for module in model.modules()]
 
 
-def test_a_block_that_routes_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda block, x: (block.experts[0](x), block.gate(x)),
+        lambda block, x: (visited(block, x)[0], None),
+        lambda block, x: (visited(block, x)[0], visited(block, x)[1].topk(2)[1]),
+        lambda block, x: (visited(block, x)[0], visited(block, x)[1][None]),
+    ],
+    ids=["another sum", "no logits", "indices", "another shape"],
+)
+def test_a_block_that_routes_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch, other: Any) -> None:
     model = tiny.tiny("mixtral")
     block = type(model.model.layers[0].block_sparse_moe)
-    monkeypatch.setattr(block, "forward", lambda self, x: (self.experts[0](x), self.gate(x)))
+    monkeypatch.setattr(block, "forward", other)
     with visiting_all(model) as count:
         assert count == 0
+
+
+def test_experts_through_dynamo(tiny_export: Callable[..., Path]) -> None:
+    graph = ir.load(next(tiny_export("mixtral", "dynamo").rglob("model.onnx"))).graph
+    products = [
+        node for node in graph if node.op_type in ("MatMul", "Gemm") and "experts" in (node.inputs[1].name or "")
+    ]
+    assert len(products) == 2 * 4 * 3  # layers, experts, matrices of each
 
 
 def test_a_model_without_experts_is_left_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import check
 import graphs
 import numpy as np
 import onnx_ir as ir
@@ -143,3 +144,16 @@ def test_shapes_are_known_behind_a_quantized_product() -> None:
     kept = [(node.op_type, [value.name for value in node.inputs], dict(node.attributes)) for node in model.graph]
     assert kept == operands
     assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+
+
+def test_a_transpose_that_turns_nothing_leaves_a_tied_weight_as_it_is() -> None:
+    model = ir.from_onnx_text("""<ir_version: 9, opset_import: ["" : 18]>
+    g (int64[batch, seq] ids, float[40, 40] w) => (float[batch, seq, 40] y)
+    { t = Transpose <perm = [0, 1]> (w) e = Gather(t, ids) y = MatMul(e, w) }""")
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32), name="w")
+    model.graph.register_initializer(value)
+    feeds = {"ids": np.array([[0, 3, 9]])}
+    before = graphs.run(model, feeds)["y"]
+    Simplify().run(model, Context())
+    check.close(before, graphs.run(model, feeds)["y"])

@@ -80,3 +80,14 @@ def test_a_product_that_is_read_twice_stays() -> None:
     model.graph.outputs.append(gemm.outputs[0])
     assert not Unflatten().run(model, Context()).changed
     assert np.isfinite(graphs.run(model)["also"]).all()
+
+
+@pytest.mark.parametrize("sizes", [(2, -1, OUT), (-1, 3, OUT)])
+def test_sizes_that_fit_one_batch_by_chance_are_no_unfolding(sizes: tuple[int, ...]) -> None:
+    model = flattened()
+    unfold = [node for node in model.graph if node.op_type == "Reshape"][-1]
+    fixed = ir.tensor(np.array(sizes, np.int64), name="fixed")
+    value = ir.Value(name="fixed", shape=fixed.shape, type=ir.TensorType(fixed.dtype), const_value=fixed)
+    model.graph.register_initializer(value)
+    unfold.replace_input_with(1, value)
+    assert not Unflatten().run(model, Context()).changed

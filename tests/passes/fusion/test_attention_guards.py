@@ -13,8 +13,10 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 
 from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.fusion import fuse_attention
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
 
@@ -222,3 +224,79 @@ def test_rows_padded_on_the_right_need_no_bias() -> None:
     assert len(fuse(model, padding="right").changed) == 1
     assert len(fused(model).inputs) == 7
     text.check_same(before, model, 0)
+
+
+def _with_mask(more: str) -> str:
+    return P["mask"].removesuffix("visible = And(causal, seen)") + more
+
+
+def _set_window(model: ir.Model, count: int) -> None:
+    """For masks that read `window` themselves."""
+    model.graph.initializers["window"].const_value = ir.tensor(np.array(count, np.int64), name="window")
+
+
+def _windows(model: ir.Model) -> list[int]:
+    fused = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    return [node.attributes["local_window_size"].as_int() for node in fused]
+
+
+def test_keys_and_mask_cut_to_the_last_tokens_are_no_bias() -> None:
+    """The mask has fewer entries than the prompt has tokens: it is not added as it was before it was cut."""
+    ends = "from = Constant <value_ints = [-20]> () to = Constant <value_ints = [9223372036854775807]> ()"
+    axes = "on2 = Constant <value_ints = [2]> () on3 = Constant <value_ints = [3]> ()"
+    cuts = "pk = Slice(present_k, from, to, on2) pv = Slice(present_v, from, to, on2)"
+    model = text.attention(
+        heads=f"{ends} {axes} {P['heads']}",
+        cache=f"{P['cache']} {cuts}",
+        repeat=P["repeat"].replace("present_k", "pk").replace("present_v", "pv"),
+        bias="whole = Where(visible, zero, hidden) bias = Slice(whole, from, to, on3)",
+    )
+    Simplify(shapes=False).run(model, Context())
+    assert fuse(model).reasons() == {"the mask has not one entry for each key": 1}
+
+
+@pytest.mark.parametrize("number", ["int32[1] {90}", "float[1] {90}"])
+def test_a_window_of_any_type_longer_than_the_samples(number: str) -> None:
+    kind = 6 if number.startswith("int32") else 1
+    more = f"c = Cast <to = {kind}> (cols) r = Cast <to = {kind}> (rows) span = Constant <value = {number}> ()"
+    mask = _with_mask(f"{more} far = Sub(r, span) near = Greater(c, far) local = And(causal, near)")
+    model = text.attention(mask=f"{mask} visible = And(local, seen)")
+    Simplify(shapes=False).run(model, Context())
+    fuse(model)
+    assert _windows(model) == [90]
+
+
+def test_a_small_square_in_the_mask_does_not_hide_the_window() -> None:
+    square = "sq = Constant <value = float[2, 2] {0, 0, 0, 0}> () top = ReduceMax <keepdims = 0> (sq)"
+    flag = f"{square} some = Cast <to = 9> (top) none = Not(some)"
+    mask = _with_mask(f"{flag} far = Sub(rows, window) near = Greater(cols, far) local = And(causal, near)")
+    model = text.attention(mask=f"{mask} both = And(local, none) visible = And(both, seen)")
+    _set_window(model, 20)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    fuse(model)
+    assert _windows(model) == [20]
+
+
+def test_outputs_of_one_split_are_masks_of_their_own() -> None:
+    mask = _with_mask("far = Sub(rows, window) near = Greater(cols, far) local = And(causal, near)")
+    mask += " fullv = And(causal, seen) localv = And(local, seen) all = Concat <axis = 1> (fullv, localv)"
+    layer = " ".join(P[name] for name in ("heads", "rotary", "cache", "repeat", "scores", "masked", "values", "join"))
+    names = "|".join([*re.findall(r"(\w+) =", layer), "past_k", "past_v"])
+    second = re.sub(rf"\b({names})\b", r"\g<1>_2", layer.replace("bias", "bias_w"))
+    cache = f"float[batch, {text.KV_HEADS}, {{}}, {text.WIDTH}]"
+    model = text.attention(
+        mask=mask,
+        bias="both = Where(all, zero, hidden) bias, bias_w = Split <axis = 1, num_outputs = 2> (both)",
+        project=f"{second} sum = Add(joined, joined_2) y = MatMul(sum, w)",
+        inputs="".join(f", {cache.format('past_len')} past_{name}_2" for name in "kv"),
+        outputs="".join(f", {cache.format('total_len')} present_{name}_2" for name in "kv"),
+    )
+    _set_window(model, 20)
+    report = fuse(model)
+    assert sorted(_windows(model)) == [-1, 20], report.reasons()
+
+
+def test_queries_that_ask_the_new_cache_for_its_size_stay() -> None:
+    asked = "ps = Shape <start = 2, end = 3> (present_k) pf = Cast <to = 1> (ps) lg = Log(pf)"
+    model = text.attention(rotary=f"kr = Identity(k5) {asked} qr = Mul(q5, lg)")
+    assert fuse(model).reasons() == {"qr depends on the keys that the operator makes": 1}

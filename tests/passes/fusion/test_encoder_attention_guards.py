@@ -11,6 +11,7 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.fusion import fuse_encoder_attention
@@ -142,3 +143,28 @@ def test_a_mask_that_may_have_one_row_must_be_written_out(monkeypatch: pytest.Mo
 def test_attention_with_a_cache_is_for_the_other_rule() -> None:
     reason = "the keys meet a cache, which `fuse_attention` is for"
     assert fuse(text.attention()).reasons() == {reason: 1}
+
+
+def _apart(prefix: str, queries: str, keys: str) -> str:
+    """Attention of `queries` to `keys`, both [B, tokens, 64]."""
+    return f"""{prefix}q4 = Reshape({queries}, apart) {prefix}q5 = Transpose <perm = [0, 2, 1, 3]> ({prefix}q4)
+    {prefix}k4 = Reshape({keys}, apart) {prefix}k5 = Transpose <perm = [0, 2, 1, 3]> ({prefix}k4)
+    {prefix}kt = Transpose <perm = [0, 2, 3, 1]> ({prefix}k4) {prefix}s = MatMul({prefix}q5, {prefix}kt)
+    {prefix}m = Add({prefix}s, bias) {prefix}p = Softmax <axis = -1> ({prefix}m)
+    {prefix}o = MatMul({prefix}p, {prefix}k5)
+    {prefix}ot = Transpose <perm = [0, 2, 1, 3]> ({prefix}o) {prefix}y = Reshape({prefix}ot, joined)"""
+
+
+def test_one_mask_for_queries_of_two_lengths_is_written_out_twice() -> None:
+    """Self-attention of an encoder and the attention of a decoder to it, in one graph."""
+    model = ir.from_onnx_text(f"""<ir_version: 9, opset_import: ["" : 18]>
+    g (float[batch, long, 64] x, float[batch, short, 64] q, float[batch, 1, 1, long] bias)
+    => (float[batch, short, 64] by) <int64[4] apart = {{0, 0, 4, 16}}, int64[3] joined = {{0, 0, 64}}>
+    {{ {_apart("a", "x", "x")} {_apart("b", "q", "ay")} }}""")
+    common.ShapeInferencePass()(model)
+    rng = np.random.default_rng(0)
+    given = {"x": (2, 7, 64), "q": (2, 3, 64), "bias": (2, 1, 1, 7)}
+    feeds = {name: rng.standard_normal(sizes).astype(np.float32) for name, sizes in given.items()}
+    before = graphs.run(model, feeds)["by"]
+    assert len(fuse(model).changed) == 2
+    check.close(before, graphs.run(model, feeds)["by"])
