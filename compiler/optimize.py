@@ -58,7 +58,7 @@ def optimize(
     measure: bool = True,
     seed: int = 0,
     strict: bool = False,
-    exporter: str = "optimum",
+    exporter: str | None = None,
     opset: int = 18,
     track: Tracker | None = None,
     tell: Tell | None = None,
@@ -78,7 +78,7 @@ def optimize(
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a decoder of which a layer's attention stays unfused though the pipeline fuses attention.
         seed: of everything random; the same seed gives the same bytes.
-        exporter: "optimum" or "dynamo", for checkpoints.
+        exporter: "optimum" or "dynamo", for checkpoints; by default optimum where it is installed, else dynamo.
         opset: of `ai.onnx`, for checkpoints.
         track: draws progress, `for item in track(items, label)`.
         tell: told in a few words what takes time.
@@ -141,7 +141,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    exporter: str = "optimum",
+    exporter: str | None = None,
     opset: int = 18,
     tell: Tell | None = None,
 ) -> Artifact:

@@ -3,7 +3,9 @@
 transformers loops over the experts that some token chose, which a trace freezes and torch.export refuses. The same
 block that visits all experts is equal: one that nobody chose is given no rows. Each expert stays a few linears of its
 own in the graph, which passes see as linears, and computes the tokens that chose it and no others.
-Imports torch when called.
+
+transformers 4 keeps experts as a list of modules below their router, transformers 5 as two tensors of all experts
+[experts, out, in], whose router is a module of its own; there only the experts change. Imports torch when called.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _NEEDED = ("gate", "experts", "top_k", "num_experts")
+_PACKED = ("gate_up_proj", "down_proj", "act_fn", "num_experts")
 
 
 @contextlib.contextmanager
@@ -28,15 +31,25 @@ def visiting_all(model: Any) -> Iterator[int]:
     """
     changed = [block for block in model.modules() if _is_routed(block) and _agrees(block)]
     own = [vars(block).get("forward") for block in changed]
+    packed = [
+        (parent, name, experts, apart)
+        for parent in model.modules()
+        for name, experts in parent.named_children()
+        if _is_packed(experts) and (apart := _taken_apart(experts)) is not None
+    ]
     for block in changed:
         block.forward = types.MethodType(forward, block)
+    for parent, name, _, apart in packed:
+        setattr(parent, name, apart)
     try:
-        yield len(changed)
+        yield len(changed) + len(packed)
     finally:
         for block, before in zip(changed, own, strict=True):
             del block.forward
             if before is not None:
                 block.forward = before
+        for parent, name, experts, _ in packed:
+            setattr(parent, name, experts)
 
 
 def forward(block: Any, hidden_states: Any) -> tuple[Any, Any]:
@@ -56,15 +69,74 @@ def forward(block: Any, hidden_states: Any) -> tuple[Any, Any]:
     weights, chosen = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float), block.top_k, dim=-1)
     if getattr(block, "norm_topk_prob", True):
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    weights = weights.to(hidden.dtype)
-    result = torch.zeros_like(hidden)
-    for number in range(block.num_experts):
-        tokens, places = torch.where(chosen == number)
-        part = block.experts[number](hidden[tokens]) * weights[tokens, places, None]
-        result = result.index_add(0, tokens, part)
+    result = _visit(block.experts, hidden, chosen, weights.to(hidden.dtype))
     if hasattr(block, "shared_expert"):
         result = result + torch.sigmoid(block.shared_expert_gate(hidden)) * block.shared_expert(hidden)
     return result.reshape(hidden_states.shape), logits
+
+
+def _visit(experts: Any, hidden: Any, chosen: Any, weights: Any) -> Any:
+    """The sum over `experts` of what each makes of the rows of `hidden` [rows, width] that chose it.
+
+    `chosen` and `weights` are [rows, top k]: numbers of experts, and how much each counts.
+    """
+    import torch
+
+    result = torch.zeros_like(hidden)
+    for number, expert in enumerate(experts):
+        tokens, places = torch.where(chosen == number)
+        part = expert(hidden[tokens]) * weights[tokens, places, None]
+        result = result.index_add(0, tokens, part)
+    return result
+
+
+def _is_packed(module: Any) -> bool:
+    import torch
+
+    if not all(hasattr(module, name) for name in _PACKED):
+        return False
+    weights = (module.gate_up_proj, module.down_proj)
+    return all(isinstance(weight, torch.nn.Parameter) and weight.ndim == 3 for weight in weights)
+
+
+def _taken_apart(packed: Any) -> Any:
+    """The same experts as linears that share the memory of `packed`; None if they compute something else."""
+    import torch
+
+    def linear(weight: Any) -> Any:
+        made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return made
+
+    class Expert(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            gate, up = packed.gate_up_proj.detach()[number].chunk(2)
+            self.gate_proj, self.up_proj = linear(gate), linear(up)
+            self.down_proj = linear(packed.down_proj.detach()[number])
+            self.act_fn = packed.act_fn
+
+        def forward(self, hidden: Any) -> Any:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+    class Experts(torch.nn.ModuleList):  # type: ignore[misc]
+        def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+            return _visit(self, hidden_states, top_k_index, top_k_weights.to(hidden_states.dtype))
+
+    count = int(packed.num_experts)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(16, packed.gate_up_proj.shape[-1], generator=generator).to(packed.gate_up_proj.dtype)
+    chosen = torch.rand(16, count, generator=generator).topk(min(2, count))[1]
+    weights = torch.rand(chosen.shape, generator=generator).to(rows.dtype)
+    try:
+        apart = Experts(Expert(number) for number in range(count)).eval()
+        with torch.no_grad():
+            agrees = _is_close(packed(rows, chosen, weights), apart(rows, chosen, weights))
+    # Experts of another kind (biases, turned matrices) fail in their own way; they are left to the exporter.
+    except Exception:
+        logger.debug("%s are no plain gated experts", type(packed).__name__, exc_info=True)
+        return None
+    return apart if agrees else None
 
 
 def _is_routed(module: Any) -> bool:

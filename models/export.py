@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import logging
 import os
@@ -22,9 +23,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from onnxpress.compiler import errors
-from onnxpress.compiler.errors import OnnxpressError, UserError
+from onnxpress.compiler.errors import OnnxpressError, OptionError, UserError
 
 logger = logging.getLogger(__name__)
+
+Exporter = Literal["optimum", "dynamo"]
+EXPORTERS: tuple[Exporter, ...] = ("optimum", "dynamo")
+INSTALL_OPTIMUM = "pip install 'onnxpress[optimum]'"
 
 _RESULT, _LOG = "result.json", "export.log"
 _NO_ROOM = 1 << 20  # bytes of free space below which a failed export is taken to have lacked room
@@ -40,13 +45,46 @@ class Job:
         out: an empty directory.
         exporter: "optimum" or "dynamo".
         opset: `ai.onnx` opset of the graph.
+        attention: "eager" or "sdpa", as transformers calls them; None for what suits the exporter.
     """
 
     kind: Literal["huggingface", "gguf"]
     source: str
     out: str
-    exporter: Literal["optimum", "dynamo"]
+    exporter: Exporter
     opset: int
+    attention: Literal["eager", "sdpa"] | None = None
+
+
+def has_optimum() -> bool:
+    """Whether optimum's exporter is installed; it is asked for by name, since importing it takes seconds."""
+    try:
+        return bool(importlib.metadata.version("optimum-onnx"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def choose(exporter: Exporter | None) -> tuple[Exporter, str]:
+    """(exporter, why) of an export: the one asked for, else optimum where it is installed, else dynamo.
+
+    The reason is empty unless dynamo stands in for optimum; the user is told.
+
+    Raises:
+        OptionError: optimum was asked for and is not installed.
+    """
+    if exporter is None:
+        return ("optimum", "") if has_optimum() else ("dynamo", "optimum is not installed")
+    if exporter == "optimum" and not has_optimum():
+        raise OptionError(
+            "exporter 'optimum' needs optimum-onnx, which is not installed",
+            hint=f"{INSTALL_OPTIMUM}, or exporter 'dynamo'",
+        )
+    return exporter, ""
+
+
+def hint_optimum() -> str:
+    """How to reach optimum from here."""
+    return "use exporter 'optimum'" if has_optimum() else f"{INSTALL_OPTIMUM} and use exporter 'optimum'"
 
 
 def make_out(work_dir: Path) -> Path:

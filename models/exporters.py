@@ -23,7 +23,7 @@ import transformers
 
 from onnxpress.compiler.errors import OnnxpressError, OptionError, UnsupportedModelError
 from onnxpress.models.experts import visiting_all
-from onnxpress.models.export import Job
+from onnxpress.models.export import Job, hint_optimum
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def perform(job: Job) -> dict[str, Any]:
     """
     out = Path(job.out)
     # Some exporters know fewer kinds of torch's fused attention than torch does; both forms end as the same operator.
-    attention = "eager" if job.exporter == "dynamo" else None
+    attention = job.attention or ("eager" if job.exporter == "dynamo" else None)
     with quiet():
         if job.kind == "gguf":
             from onnxpress.models import gguf
@@ -122,7 +122,7 @@ def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"exporter 'dynamo' handles decoder-only language models, {type(model).__name__} is none",
-            hint="use exporter 'optimum'",
+            hint=hint_optimum(),
         )
     # Different sizes everywhere, none of them 0 or 1: torch.export takes equal sizes for the same dimension.
     batch, new, past = 2, 3, 5
@@ -196,9 +196,9 @@ def _failures(architecture: str, exporter: str) -> Iterator[None]:
     except Exception as error:
         logger.debug("%s: %s failed", architecture, exporter, exc_info=True)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        other = "dynamo" if exporter == "optimum" else "optimum"
+        hint = hint_optimum() if exporter == "dynamo" else "try exporter 'dynamo'"
         raise UnsupportedModelError(
-            f"{architecture} cannot be exported with {exporter}: {reason}", hint=f"try exporter {other!r}"
+            f"{architecture} cannot be exported with {exporter}: {reason}", hint=hint
         ) from error
 
 
@@ -208,17 +208,22 @@ class _FlatCache(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.cache_name = _cache_name(model)
 
     def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past: list[Any]) -> tuple[Any, ...]:
         cache = transformers.DynamicCache()
         for index in range(len(past) // 2):
             cache.update(past[2 * index], past[2 * index + 1], index)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions
-        )
-        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        caches = {self.cache_name: cache}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions, **caches)
+        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (output.logits, *present)
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache; transformers changed the name within version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -231,14 +236,14 @@ def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     cache = transformers.DynamicCache()
     try:
         tokens = torch.ones(1, 3, dtype=torch.long)
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        layers = list(output.past_key_values.layers)
+        model(input_ids=tokens, use_cache=True, **{_cache_name(model): cache})
+        layers = list(cache.layers)
         shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers]
     # A state-space or hybrid model fails here in its own way: its layers ask the cache for states it has not.
     except Exception as error:
         logger.debug("%s: no plain KV cache", name, exc_info=True)
         raise UnsupportedModelError(
-            f"{name} does not work with a plain key-value cache: {error}", hint="try exporter 'optimum'"
+            f"{name} does not work with a plain key-value cache: {error}", hint=hint_optimum()
         ) from error
     expected = model.config.get_text_config().num_hidden_layers
     is_plain = all(len(shape) == 4 and shape[0] == 1 and shape[2] == 3 for pair in shapes for shape in pair)
@@ -246,7 +251,7 @@ def _cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         found = f"{len(layers)} cache layers, shapes {sorted({shape for pair in shapes for shape in pair})}"
         raise UnsupportedModelError(
             f"{name}: expected keys and values (batch, heads, tokens, size) for {expected} layers, found {found}",
-            hint="try exporter 'optimum'",
+            hint=hint_optimum(),
         )
     return [((key[1], key[3]), (value[1], value[3])) for key, value in shapes]
 

@@ -12,15 +12,12 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnxpress.compiler.errors import UnsupportedModelError
 from onnxpress.models import directory as directories
 from onnxpress.models import export, gguf_file, huggingface
 from onnxpress.models.source import Source
-
-if TYPE_CHECKING:
-    from onnxpress.models.load import Exporter
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ _LLAMA3_SPLIT = (
 
 
 def load(
-    path: Path, *, name: str, work_dir: Path, exporter: Exporter, opset: int, tell: Callable[[str], None]
+    path: Path, *, name: str, work_dir: Path, exporter: export.Exporter | None, opset: int, tell: Callable[[str], None]
 ) -> Source:
     """Exports the model in a GGUF file to a graph below `work_dir`; see `onnxpress.models.load`.
 
@@ -44,9 +41,11 @@ def load(
         UnsupportedModelError: an architecture that transformers or the exporter does not know.
     """
     gguf_file.check(path)
-    tell(f"dequantizing {path.name} and exporting it with {exporter}")
+    chosen, why = export.choose(exporter)
+    tell(f"dequantizing {path.name} and exporting it with {chosen}{why and f' ({why})'}")
     out = export.make_out(work_dir)
-    facts = export.run(export.Job("gguf", str(path.absolute()), str(out), exporter, opset))
+    facts = export.run(export.Job("gguf", str(path.absolute()), str(out), chosen, opset))
+    facts |= {"exporter_because": why} if why else {}
     provenance = {"format": "gguf", **facts, "files": directories.hashes([path])}
     return directories.onnx_source(out / "model.onnx", name=name, kind="gguf", beside=(out,), provenance=provenance)
 

@@ -10,15 +10,12 @@ import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError, UserError
 from onnxpress.models import directory as directories
 from onnxpress.models import export
 from onnxpress.models.source import COMPANION_FILES, Source
-
-if TYPE_CHECKING:
-    from onnxpress.models.load import Exporter
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +25,13 @@ _SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 def load(
-    directory: Path, *, name: str, work_dir: Path, exporter: Exporter, opset: int, tell: Callable[[str], None]
+    directory: Path,
+    *,
+    name: str,
+    work_dir: Path,
+    exporter: export.Exporter | None,
+    opset: int,
+    tell: Callable[[str], None],
 ) -> Source:
     """Exports the checkpoint in `directory` to a graph below `work_dir`; see `onnxpress.models.load`.
 
@@ -38,12 +41,13 @@ def load(
     """
     config = directories.read_json(directory / "config.json")
     weights = check_checkpoint(directory, config)
-    tell(f"exporting {config.get('model_type', name)} with {exporter}")
+    chosen, why = export.choose(exporter)
+    tell(f"exporting {config.get('model_type', name)} with {chosen}{why and f' ({why})'}")
     out = export.make_out(work_dir)
-    job = export.Job("huggingface", str(directory.absolute()), str(out), exporter, opset)
+    job = export.Job("huggingface", str(directory.absolute()), str(out), chosen, opset)
     facts = export.run(job)
     files = directories.hashes([directory / "config.json", *weights])
-    provenance = {"format": "huggingface", **facts, "files": files}
+    provenance = {"format": "huggingface", **facts, **({"exporter_because": why} if why else {}), "files": files}
     return directories.onnx_source(
         out / "model.onnx", name=name, kind="huggingface", beside=(directory, out), provenance=provenance
     )

@@ -9,16 +9,14 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from onnxpress.compiler.errors import BadModelFileError, OptionError, UnsupportedModelError, near_miss
 from onnxpress.models import directory, zoo
+from onnxpress.models.export import EXPORTERS, Exporter
 from onnxpress.models.source import Source
 
 logger = logging.getLogger(__name__)
 
-Exporter = Literal["optimum", "dynamo"]
-EXPORTERS: tuple[Exporter, ...] = ("optimum", "dynamo")
 MIN_OPSET, MAX_OPSET = 18, 24  # what ONNX Runtime has kernels for and our passes are written for
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -29,7 +27,7 @@ def load(
     spec: str | Path,
     *,
     work_dir: Path,
-    exporter: Exporter = "optimum",
+    exporter: Exporter | None = None,
     opset: int = 18,
     progress: Callable[[str], None] | None = None,
 ) -> Source:
@@ -40,7 +38,8 @@ def load(
             a `.gguf` file, a Hugging Face directory or id, or a zoo name such as `smollm2-135m`.
         work_dir: an existing scratch folder; an exported graph is written below it and read from there until the
             caller removes it. Not touched for ONNX input.
-        exporter: who makes a graph of a checkpoint: "optimum" (TorchScript) or "dynamo" (torch.export).
+        exporter: who makes a graph of a checkpoint: "optimum" (TorchScript) or "dynamo" (torch.export). By default
+            optimum where optimum-onnx is installed, else dynamo.
         opset: `ai.onnx` opset of an exported graph, 18 to 24.
         progress: told in a few words what takes time, e.g. "exporting llama with optimum".
 
@@ -50,10 +49,10 @@ def load(
     Raises:
         BadModelFileError: a file is missing, damaged, or points outside its directory.
         UnsupportedModelError: the model is whole, but nothing here can read or export it; or `spec` means nothing.
-        OptionError: unknown exporter, or an opset out of range.
+        OptionError: unknown exporter, one that is needed and not installed, or an opset out of range.
         UserError: a model must be downloaded and cannot be.
     """
-    if exporter not in EXPORTERS:
+    if exporter is not None and exporter not in EXPORTERS:
         raise OptionError(f"exporter must be one of {EXPORTERS}, got {exporter!r}", hint=near_miss(exporter, EXPORTERS))
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise OptionError(f"opset must be in [{MIN_OPSET}, {MAX_OPSET}], got {opset!r}", hint=f"use {MIN_OPSET}")
@@ -79,7 +78,7 @@ def load(
 
 
 def _from_file(
-    path: Path, name: str, work_dir: Path, exporter: Exporter, opset: int, tell: Callable[[str], None]
+    path: Path, name: str, work_dir: Path, exporter: Exporter | None, opset: int, tell: Callable[[str], None]
 ) -> Source:
     if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
         return _from_gguf(path, name, work_dir, exporter, opset, tell)
@@ -95,7 +94,7 @@ def _from_file(
 
 
 def _from_directory(
-    path: Path, name: str, work_dir: Path, exporter: Exporter, opset: int, tell: Callable[[str], None]
+    path: Path, name: str, work_dir: Path, exporter: Exporter | None, opset: int, tell: Callable[[str], None]
 ) -> Source:
     if graph := directory.find_graph(path):
         return directory.onnx_source(graph, name=name)
@@ -122,7 +121,7 @@ def _from_directory(
 
 
 def _from_gguf(
-    path: Path, name: str, work_dir: Path, exporter: Exporter, opset: int, tell: Callable[[str], None]
+    path: Path, name: str, work_dir: Path, exporter: Exporter | None, opset: int, tell: Callable[[str], None]
 ) -> Source:
     from onnxpress.models import gguf
 

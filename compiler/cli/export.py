@@ -11,7 +11,14 @@ from onnxpress.compiler.cli.common import Json, ModelArgument, Quiet, emit, esca
 if TYPE_CHECKING:
     from rich.console import Console
 
-Exporter = Annotated[str, typer.Option(help="Who makes the graph of a checkpoint.", metavar="optimum|dynamo")]
+Exporter = Annotated[
+    str | None,
+    typer.Option(
+        help="Who makes the graph of a checkpoint.",
+        metavar="optimum|dynamo",
+        show_default="optimum where it is installed, else dynamo",
+    ),
+]
 Opset = Annotated[int, typer.Option(help="ai.onnx opset of an exported graph, 18 to 24.")]
 Output = Annotated[
     str,
@@ -22,7 +29,7 @@ Output = Annotated[
 def export(
     model: ModelArgument,
     output: Output,
-    exporter: Exporter = "optimum",
+    exporter: Exporter = None,
     opset: Opset = 18,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -37,7 +37,7 @@ def optimize(
     ] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when attention stays unfused.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    exporter: Exporter = "optimum",
+    exporter: Exporter = None,
     opset: Opset = 18,
     as_json: Json = False,
     quiet: Quiet = False,

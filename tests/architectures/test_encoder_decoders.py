@@ -36,6 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     found: dict[str, Path] = {}
 
     def export(architecture: str) -> Path:
+        pytest.importorskip("optimum.exporters.onnx", reason="optimum is not installed")
         from optimum.exporters.onnx import onnx_export_from_model
 
         from onnxpress.models.exporters import quiet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -127,10 +128,12 @@ def test_what_a_source_brings(checkpoint: Path, tmp_path: Path) -> None:
     assert source.generation_config["eos_token_id"] == 2
     assert source.files["tokenizer.json"] == checkpoint / "tokenizer.json"
     assert source.files["chat_template.jinja"].is_file()
-    assert source.provenance["exporter"] == "optimum"
+    exporter, why = export.choose(None)
+    assert source.provenance["exporter"] == exporter
+    assert source.provenance.get("exporter_because", "") == why
     assert source.provenance["versions"]["torch"]
     assert len(source.provenance["files"]["model.safetensors"]["sha256"]) == 64
-    assert said == ["exporting llama with optimum"]
+    assert said == [f"exporting llama with {exporter}" + (f" ({why})" if why else "")]
     large = [value.const_value for value in source.model.graph.initializers.values() if value.const_value is not None]
     assert all(isinstance(tensor, ir.ExternalTensor) for tensor in large if tensor.nbytes > 4096)
 
@@ -140,11 +143,44 @@ def test_exporters_are_silent(checkpoint: Path, tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.fixture
+def no_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without optimum."""
+    version = importlib.metadata.version
+
+    def asked(name: str) -> str:
+        if name.startswith("optimum"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", asked)
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_without_optimum_dynamo_stands_in_and_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    source = models.load(checkpoint, work_dir=tmp_path, progress=said.append)
+    assert said == ["exporting llama with dynamo (optimum is not installed)"]
+    assert source.provenance["exporter"] == "dynamo"
+    assert source.provenance["exporter_because"] == "optimum is not installed"
+
+
+@pytest.mark.usefixtures("no_optimum")
+def test_optimum_is_asked_for_and_not_installed(copy: Path) -> None:
+    refuse(copy, OptionError, "optimum-onnx", "pip install 'onnxpress[optimum]'", "'dynamo'", exporter="optimum")
+
+
+def test_optimum_is_the_default_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1")
+    assert export.choose(None) == ("optimum", "")
+    assert export.choose("dynamo") == ("dynamo", "")
+
+
 def test_a_child_process_exports_the_same(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     graphs = []
     for name, isolate in (("here", False), ("child", True)):
         (tmp_path / name).mkdir()
-        job = export.Job("huggingface", str(checkpoint), str(tmp_path / name), "optimum", 18)
+        job = export.Job("huggingface", str(checkpoint), str(tmp_path / name), export.choose(None)[0], 18)
         assert export.run(job, isolate=isolate)["architecture"] == "LlamaForCausalLM"
         graphs.append((tmp_path / name / "model.onnx").read_bytes())
         left = {path.name for path in (tmp_path / name).iterdir()}
@@ -299,4 +335,6 @@ def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
 
 
 def test_optimum_cannot_write_every_opset(copy: Path) -> None:
+    if not export.has_optimum():
+        pytest.skip("optimum is not installed")
     refuse(copy, OptionError, "opset=24", "'dynamo'", opset=24)
