@@ -160,6 +160,7 @@ def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
     # torch notes the Python stack of every node, half the size of the file.
     common_passes.ClearMetadataAndDocStringPass()(graph_model)
     _name_dims(graph_model)
+    _widen_bfloat16(graph_model)
     ir.save(graph_model, out / "model.onnx", external_data="model.onnx.data")
     model.config.save_pretrained(out)
     if model.generation_config is not None:
@@ -195,7 +196,10 @@ def _failures(architecture: str, exporter: str) -> Iterator[None]:
     # Exporters fail with exceptions of every kind; the reason is theirs, the remedy is ours.
     except Exception as error:
         logger.debug("%s: %s failed", architecture, exporter, exc_info=True)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch wraps what went wrong in advice that spans pages
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         hint = hint_optimum() if exporter == "dynamo" else "try exporter 'dynamo'"
         raise UnsupportedModelError(
             f"{architecture} cannot be exported with {exporter}: {reason}", hint=hint
@@ -270,3 +274,31 @@ def _name_dims(model: ir.Model) -> None:
         for value in node.outputs:
             if value.shape is not None and not value.is_graph_output():
                 value.shape = renamed(value.shape)
+
+
+def _widen_bfloat16(model: ir.Model) -> None:
+    """Lets arithmetic on bfloat16 (ALiBi in Falcon) run in float32 and round after; ONNX Runtime's CPU has only Casts.
+
+    Exact: float32 has more than twice the bits of bfloat16 and two, so that rounding twice is rounding once.
+    """
+
+    def cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+        node = ir.node("Cast", [value], attributes={"to": dtype})
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
+        return node
+
+    for node in list(model.graph):
+        result = node.outputs[0]
+        if node.domain or node.op_type not in ("Add", "Sub", "Mul", "Div") or result.dtype != ir.DataType.BFLOAT16:
+            continue
+        for index, value in enumerate(node.inputs):
+            assert value is not None
+            wide = cast(value, ir.DataType.FLOAT)
+            model.graph.insert_before(node, wide)
+            node.replace_input_with(index, wide.outputs[0])
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+        readers = list(result.uses())
+        narrow = cast(result, ir.DataType.BFLOAT16)
+        model.graph.insert_after(node, narrow)
+        for reader, index in readers:
+            reader.replace_input_with(index, narrow.outputs[0])

@@ -12,9 +12,10 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _HEAD = """# Architectures
 
-Small random models of each architecture (3 layers, width 128), exported, fused with the recipe `fp32` for the CPU, and
+Small random models of each architecture (width 128), exported, fused with the recipe `fp32` for the CPU, and
 compared with torch: largest difference of the logits, relative to the largest logit, over all steps. Fused operators
-are per layer. cuda: whether ONNX Runtime's CUDA provider takes every float node of the artifact for `--target cuda`
+are per layer. attention: the implementation in transformers that was exported.
+cuda: whether ONNX Runtime's CUDA provider takes every float node of the artifact for `--target cuda`
 (fp16) and `--target cuda-bf16`, without a copy between devices inside the graph; planned, not run.
 Written by `pytest tests/architectures --update-architectures`.
 
@@ -38,15 +39,20 @@ def architectures(
         PAGE.write_text(_HEAD + table(rows, placements), encoding="utf-8")
 
 
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["exporter"] != "optimum", row["opset"], row["attention"], row["model"])
+
+
 def table(rows: list[dict[str, Any]], placements: dict[tuple[str, str], str]) -> str:
     names = list(max((row["differences"] for row in rows), key=len)) if rows else []
     targets = sorted({target for _, target in placements}, reverse=True)
     columns = [*names, *targets]
     lines = [
-        f"| model | exporter | nodes | fused, per layer | moves before attention | {' | '.join(columns)} |",
-        "|" + "---|" * (5 + len(columns)),
+        "| model | exporter | opset | attention | layers | nodes | fused, per layer | moves before attention | "
+        + f"{' | '.join(columns)} |",
+        "|" + "---|" * (8 + len(columns)),
     ]
-    for row in sorted(rows, key=lambda one: (one["exporter"] != "optimum", one["model"])):
+    for row in sorted(rows, key=_order):
         fused = ", ".join(f"{name} {count:.3g}" for name, count in row["operators"].items())
         stray = ", ".join(f"{name} {count}" for name, count in row["stray"].items()) or "none"
         found = row["differences"]
@@ -56,7 +62,8 @@ def table(rows: list[dict[str, Any]], placements: dict[tuple[str, str], str]) ->
         else:
             cells += [""] * len(targets)
         nodes = f"{row['nodes'][0]:,} to {row['nodes'][1]}"
-        lines.append(f"| {row['model']} | {row['exporter']} | {nodes} | {fused} | {stray} | {' | '.join(cells)} |")
+        how = f"{row['exporter']} | {row['opset']} | {row['attention']} | {row['layers']}"
+        lines.append(f"| {row['model']} | {how} | {nodes} | {fused} | {stray} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -72,6 +72,9 @@ def test_encoder(
         {
             "model": architecture,
             "exporter": "optimum",
+            "opset": 18,
+            "attention": "its own",
+            "layers": LAYERS,
             "nodes": (before, len(source.model.graph)),
             "operators": {name: ops[name] / LAYERS for name in fused if ops[name]},
             "stray": Counter(),

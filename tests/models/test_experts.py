@@ -62,8 +62,8 @@ class Packed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.num_experts, self.act_fn = 4, torch.nn.SiLU()
-        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 2 * 8, self.WIDTH))
-        self.down_proj = torch.nn.Parameter(torch.randn(4, self.WIDTH, 8))
+        self.gate_up_proj = torch.nn.Parameter(0.2 * torch.randn(4, 2 * 8, self.WIDTH))
+        self.down_proj = torch.nn.Parameter(0.2 * torch.randn(4, self.WIDTH, 8))
 
     def gated(self, gate: Any, up: Any) -> Any:
         return self.act_fn(gate) * up
@@ -103,7 +103,7 @@ class Limited(Packed):
 class Turned(Packed):
     def __init__(self) -> None:
         super().__init__()
-        self.gate_up_proj = torch.nn.Parameter(torch.randn(4, self.WIDTH, 2 * 8))
+        self.gate_up_proj = torch.nn.Parameter(0.2 * torch.randn(4, self.WIDTH, 2 * 8))
 
 
 @pytest.mark.parametrize("kind", [SwappedHalves, Limited, Turned])
