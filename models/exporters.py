@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from onnxpress.compiler.errors import OnnxpressError, OptionError, UnsupportedModelError
+from onnxpress.models import directory as directories
 from onnxpress.models.experts import visiting_all
 from onnxpress.models.export import Job, hint_optimum
 
@@ -42,8 +43,7 @@ def perform(job: Job) -> dict[str, Any]:
         OptionError: the exporter cannot write this opset.
     """
     out = Path(job.out)
-    # Some exporters know fewer kinds of torch's fused attention than torch does; both forms end as the same operator.
-    attention = job.attention or ("eager" if job.exporter == "dynamo" else None)
+    attention = job.attention or _attention(job)
     with quiet():
         if job.kind == "gguf":
             from onnxpress.models import gguf
@@ -56,6 +56,7 @@ def perform(job: Job) -> dict[str, Any]:
             huggingface.save_fast_tokenizer(Path(job.source), out)
         model.eval()
         architecture = type(model).__name__
+        # Which attention is exported must be known when a model is made: Falcon and StableLM ignore a later word.
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
             # NOTE: transformers' default attention drops the soft cap without a word (Gemma 2).
             model.set_attn_implementation("eager")
@@ -69,7 +70,19 @@ def perform(job: Job) -> dict[str, Any]:
         *(("optimum", "optimum-onnx") if job.exporter == "optimum" else ("onnxscript",)),
     )
     versions = {package: importlib.metadata.version(package) for package in packages}
-    return {**facts, "architecture": architecture, "exporter": job.exporter, "opset": job.opset, "versions": versions}
+    how = {"exporter": job.exporter, "opset": job.opset, "attention": model.config._attn_implementation}
+    return {**facts, "architecture": architecture, **how, "versions": versions}
+
+
+def _attention(job: Job) -> str | None:
+    """The implementation of attention that suits the exporter; None for the model's own choice."""
+    if job.exporter == "optimum":
+        return None
+    # NOTE: Falcon's eager form adds ALiBi twice, to the mask and to the scores (transformers 4.57 and 5.24).
+    if job.kind == "huggingface" and directories.read_json(Path(job.source) / "config.json").get("alibi") is True:
+        return None
+    # torch writes fewer kinds of fused attention than it computes; both forms end as the same operator.
+    return "eager"
 
 
 def export_optimum(model: Any, out: Path, *, opset: int) -> None:

@@ -326,6 +326,13 @@ def test_dynamo_is_for_decoders(tmp_path: Path) -> None:
     refuse(directory, UnsupportedModelError, "BertForMaskedLM", "use exporter 'optimum'", exporter="dynamo")
 
 
+@pytest.mark.parametrize(("architecture", "attention"), [("falcon", "eager"), ("falcon_alibi", "sdpa")])
+def test_dynamo_exports_the_attention_that_computes_right(tmp_path: Path, architecture: str, attention: str) -> None:
+    directory = tiny.save_tiny(architecture, tmp_path / "checkpoint", num_layers=1)
+    source = models.load(directory, work_dir=tmp_path, exporter="dynamo")
+    assert source.provenance["attention"] == attention
+
+
 def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
     import transformers
 
