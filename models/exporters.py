@@ -131,12 +131,29 @@ def _describe(model: Any) -> None:
 
 
 def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
-    """Writes `model.onnx`, its data and configs through `torch.onnx.export(dynamo=True)`; decoders only."""
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+    """Writes `model.onnx`, its data and configs through `torch.onnx.export(dynamo=True)`; decoders get a KV cache.
+
+    Raises:
+        UnsupportedModelError: the model has several graphs, or reads neither text nor images.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"exporter 'dynamo' handles decoder-only language models, {type(model).__name__} is none",
+            f"exporter 'dynamo' writes one graph, {type(model).__name__} has an encoder and a decoder",
             hint=hint_optimum(),
         )
+    graph_model = _decoder(model, opset) if model.can_generate() else _encoder(model, opset)
+    # torch notes the Python stack of every node, half the size of the file.
+    common_passes.ClearMetadataAndDocStringPass()(graph_model)
+    _name_dims(graph_model)
+    _widen_bfloat16(graph_model)
+    ir.save(graph_model, out / "model.onnx", external_data="model.onnx.data")
+    model.config.save_pretrained(out)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(out)
+
+
+def _decoder(model: Any, opset: int) -> ir.Model:
+    """The graph of a decoder with its cache."""
     # Different sizes everywhere, none of them 0 or 1: torch.export takes equal sizes for the same dimension.
     batch, new, past = 2, 3, 5
     layers = _cache_shapes(model)
@@ -170,14 +187,53 @@ def export_dynamo(model: Any, out: Path, *, opset: int) -> None:
         optimize=False,
     )
     graph_model: ir.Model = program.model
-    # torch notes the Python stack of every node, half the size of the file.
-    common_passes.ClearMetadataAndDocStringPass()(graph_model)
-    _name_dims(graph_model)
-    _widen_bfloat16(graph_model)
-    ir.save(graph_model, out / "model.onnx", external_data="model.onnx.data")
-    model.config.save_pretrained(out)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(out)
+    return graph_model
+
+
+def _encoder(model: Any, opset: int) -> ir.Model:
+    """The graph of a model that computes in one step: batch and length of a text are free, of images the batch.
+
+    Raises:
+        UnsupportedModelError: the model reads neither text nor images.
+    """
+    sizes: dict[int, str] = {0: _BATCH}
+    if model.main_input_name == "input_ids":
+        takes = inspect.signature(model.forward).parameters
+        has_types = "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 0) > 1
+        given = {"input_ids": torch.ones(2, 7, dtype=torch.long), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+        if has_types:
+            given["token_type_ids"] = torch.zeros(2, 7, dtype=torch.long)
+        sizes[1] = _NEW
+    elif model.main_input_name == "pixel_values":
+        side = getattr(model.config, "image_size", None)
+        height, width = (side, side) if isinstance(side, int) else side or (64, 96)
+        if side is None:  # nothing in the model depends on the size of an image
+            sizes |= {2: "height", 3: "width"}
+        given = {"pixel_values": torch.zeros(2, getattr(model.config, "num_channels", 3), height, width)}
+    else:
+        raise UnsupportedModelError(
+            f"exporter 'dynamo' handles models of text and images, {type(model).__name__} reads"
+            f" {model.main_input_name}",
+            hint=hint_optimum(),
+        )
+    if hasattr(model.config, "reference_compile"):  # ModernBERT would compile itself
+        model.config.reference_compile = False
+    model.config.use_cache = False
+    found = model(**given, return_dict=True)
+    names = [name for name, value in found.items() if isinstance(value, torch.Tensor)]
+    program = torch.onnx.export(
+        _OneStep(model, list(given), names).eval(),
+        (list(given.values()),),
+        f=None,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=([sizes for _ in given],),
+        input_names=list(given),
+        output_names=names,
+        optimize=False,
+    )
+    graph_model: ir.Model = program.model
+    return graph_model
 
 
 @contextlib.contextmanager
@@ -236,6 +292,18 @@ class _FlatCache(torch.nn.Module):  # type: ignore[misc]
         output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions, **caches)
         present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return (output.logits, *present)
+
+
+class _OneStep(torch.nn.Module):  # type: ignore[misc]
+    """The model with a list of inputs and a tuple of outputs, both of known names."""
+
+    def __init__(self, model: Any, inputs: list[str], outputs: list[str]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, given: list[Any]) -> tuple[Any, ...]:
+        found = self.model(**dict(zip(self.inputs, given, strict=True)), return_dict=True)
+        return tuple(found[name] for name in self.outputs)
 
 
 def _cache_name(model: Any) -> str:

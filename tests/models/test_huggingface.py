@@ -91,10 +91,13 @@ def test_text_models_compute_what_transformers_computes(
         past = {name.replace("present", "past_key_values"): outputs[name] for name in names if name != "logits"}
 
 
+@pytest.mark.parametrize("exporter", export.EXPORTERS)
 @pytest.mark.parametrize("architecture", ["resnet", "vit"])
-def test_vision_models_compute_what_transformers_computes(tiny_export: Callable[..., Path], architecture: str) -> None:
+def test_vision_models_compute_what_transformers_computes(
+    tiny_export: Callable[..., Path], architecture: str, exporter: str
+) -> None:
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    run = session(tiny_export(architecture, "optimum"))
+    run = session(tiny_export(architecture, exporter))
     expected = reference(architecture, pixel_values=images)
     np.testing.assert_allclose(run.run(["logits"], {"pixel_values": images})[0], expected, atol=2e-5)
 
@@ -321,9 +324,12 @@ def test_an_encoder_decoder(copy: Path) -> None:
     refuse(copy, UnsupportedModelError, "encoder-decoder")
 
 
-def test_dynamo_is_for_decoders(tmp_path: Path) -> None:
-    directory = tiny.save_tiny("bert", tmp_path / "bert")
-    refuse(directory, UnsupportedModelError, "BertForMaskedLM", "use exporter 'optimum'", exporter="dynamo")
+def test_dynamo_is_for_text_and_images(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.ASTModel(transformers.ASTConfig(**sizes)).save_pretrained(tmp_path / "sounds")
+    refuse(tmp_path / "sounds", UnsupportedModelError, "ASTModel reads input_values", "optimum", exporter="dynamo")
 
 
 @pytest.mark.parametrize(("architecture", "attention"), [("falcon", "eager"), ("falcon_alibi", "sdpa")])
