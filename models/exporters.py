@@ -78,8 +78,10 @@ def _attention(job: Job) -> str | None:
     """The implementation of attention that suits the exporter; None for the model's own choice."""
     if job.exporter == "optimum":
         return None
-    # NOTE: Falcon's eager form adds ALiBi twice, to the mask and to the scores (transformers 4.57 and 5.24).
-    if job.kind == "huggingface" and directories.read_json(Path(job.source) / "config.json").get("alibi") is True:
+    # NOTE: Falcon's eager form adds ALiBi twice, to the mask and to the scores (transformers 4.57 and 5.24). That of
+    # GPT-2 cuts its mask out of a table, after which torch takes no two sizes of the graph for equal.
+    config = directories.read_json(Path(job.source) / "config.json") if job.kind == "huggingface" else {}
+    if config.get("alibi") is True or config.get("model_type") == "gpt2":
         return None
     # torch writes fewer kinds of fused attention than it computes; both forms end as the same operator.
     return "eager"

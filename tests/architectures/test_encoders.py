@@ -12,6 +12,7 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+import transformers
 from onnx_ir.passes import common
 
 from onnxpress import models
@@ -84,7 +85,9 @@ def test_encoder(
             "differences": differences,
         }
     )
-    assert (ops["MultiHeadAttention"], ops["Softmax"]) == (layers, 0), reasons
+    # NOTE: in transformers 4 the eager form of DistilBERT replaces scores where a token is hidden, which no bias can.
+    selects = architecture == "distilbert" and exporter == "dynamo" and transformers.__version__ < "5"
+    assert (ops["MultiHeadAttention"], ops["Softmax"]) == ((0, layers) if selects else (layers, 0)), reasons
     assert all(difference <= TOLERANCE for difference in differences.values()), differences
 
 

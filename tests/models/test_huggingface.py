@@ -332,7 +332,9 @@ def test_dynamo_is_for_text_and_images(tmp_path: Path) -> None:
     refuse(tmp_path / "sounds", UnsupportedModelError, "ASTModel reads input_values", "optimum", exporter="dynamo")
 
 
-@pytest.mark.parametrize(("architecture", "attention"), [("falcon", "eager"), ("falcon_alibi", "sdpa")])
+@pytest.mark.parametrize(
+    ("architecture", "attention"), [("falcon", "eager"), ("falcon_alibi", "sdpa"), ("gpt2", "sdpa")]
+)
 def test_dynamo_exports_the_attention_that_computes_right(tmp_path: Path, architecture: str, attention: str) -> None:
     directory = tiny.save_tiny(architecture, tmp_path / "checkpoint", num_layers=1)
     source = models.load(directory, work_dir=tmp_path, exporter="dynamo")
