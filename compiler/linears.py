@@ -88,9 +88,27 @@ class Linear:
         if self.holder == "MatMulNBits":
             return packing.dequantize_node(self.node)
         stored = _tensor(self.weight).numpy()
-        if self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB")):
+        if self._is_turned():
             stored = stored.T
         return np.asarray(stored, dtype=np.float32)
+
+    def stored_form(self, w_NK: Float2D) -> npt.NDArray[Any]:
+        """`w_NK` in the layout and type of `weight`: what the node would have to be fed with.
+
+        Args:
+            w_NK: float32 [N, K].
+
+        Raises:
+            TypeError: the holder has no float matrix of its own.
+        """
+        if self.holder not in ("MatMul", "Gemm", "Transpose+MatMul"):
+            raise TypeError(f"{self.name}: a {self.holder} holds no float matrix of its own")
+        matrix = w_NK.T if self._is_turned() else w_NK
+        return np.ascontiguousarray(matrix).astype(_tensor(self.weight).dtype.numpy(), copy=False)
+
+    def _is_turned(self) -> bool:
+        """Whether the matrix is stored as [K, N]."""
+        return self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB"))
 
     def set_weight(self, make_w_NK: Callable[[], Float2D], name: str, shape: tuple[int, int] | None = None) -> None:
         """Replaces the stored float matrix, lazily: `make_w_NK` runs when the model is saved.
@@ -103,7 +121,7 @@ class Linear:
         if self.holder not in ("MatMul", "Gemm", "Transpose+MatMul"):
             raise TypeError(f"{self.name}: a {self.holder} holds no float matrix of its own")
         rows, columns = shape or self.shape
-        transposed = self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB"))
+        transposed = self._is_turned()
         dims = (columns, rows) if transposed else (rows, columns)
         dtype = _tensor(self.weight).dtype
 

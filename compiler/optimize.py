@@ -22,6 +22,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
+from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
@@ -106,6 +107,13 @@ def optimize(
                 progress=tell,
             )
         context.config = dict(source.config)
+        context.calibration = CalibrationText(
+            texts={str(calibration): context.text} if calibration is not None else {},
+            tokenizer=source.files.get("tokenizer.json"),
+            vocab_size=_vocab_size(source),
+            max_length=context_length(source.config),
+            seed=seed,
+        )
         before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
         meter = _meter(source, pipeline, context, stage, verify) if measure else None
         verifier = _verifier(source, context, stage) if verify else None

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 
 import onnx_ir as ir
 
+from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OnnxpressError, OptionError, PassError, near_miss
 from onnxpress.compiler.target import TARGETS, Target
 
@@ -58,6 +59,7 @@ class Report:
         skipped: sites left as they were, each with its reason.
         metrics: name to number; a LOSSY pass fills at least one that says how much was lost.
         ledger: one row of facts per changed site, for the card (`site` is its first key).
+        calibration: what a pass saw of text, {} when it needs none.
         seconds: wall time of the run.
         bytes_before, bytes_after: bytes of all initializers, shared ones counted once.
     """
@@ -66,6 +68,7 @@ class Report:
     skipped: list[Skip] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     ledger: list[dict[str, Any]] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -111,6 +114,7 @@ class Context:
         track: `for item in context.track(items, "layers")` lets the CLI draw a progress bar; silent in the library.
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
         text: calibration text, "" when the user gave none.
+        calibration: the same and what else is needed to stream text through the model.
     """
 
     target: Target = TARGETS["cpu"]
@@ -119,6 +123,7 @@ class Context:
     track: Tracker = _silent
     work_dir: Path | None = None
     text: str = ""
+    calibration: CalibrationText = field(default_factory=CalibrationText)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ def pass_row(pass_: Pass, report: Report) -> dict[str, Any]:
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "ledger": report.ledger,
+        **({"calibration": report.calibration} if report.calibration else {}),
     }
 
 

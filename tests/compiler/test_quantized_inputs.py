@@ -21,7 +21,8 @@ from onnxpress.compiler.inspect import summarize
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context
-from onnxpress.passes.quantization.rtn import Rtn, round_matrix
+from onnxpress.passes.quantization._rounding import round_matrix
+from onnxpress.passes.quantization.rtn import Rtn
 
 Export = Callable[..., Path]
 

@@ -20,7 +20,8 @@ from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix, run_matmul
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
-from onnxpress.passes.quantization.rtn import Rtn, round_blocks, round_matrix
+from onnxpress.passes.quantization._rounding import round_blocks, round_matrix
+from onnxpress.passes.quantization.rtn import Rtn
 
 Array = npt.NDArray[Any]
 Scales = Literal["max", "mse"]

@@ -1,0 +1,308 @@
+"""Streams text through a model, stage by stage, and shows a pass what each group of linears reads.
+
+    with Calibration(model, windows, linears) as run:
+        for stage in run.stages:
+            group = run.observe(stage)
+            group.replace(linear, new_w_NK)      # what later stages compute with
+
+A stage is the part of the graph between the activation of one group (linears that read the same value) and that of the
+next: each node runs once per stream, whatever the architecture. Two streams run: the teacher's, with the weights as
+they came, and the compressed one, with what `replace` was given. Values that cross from a stage to a later one lie in
+files, so memory holds one stage and the second moments of one activation. The graph itself is not changed.
+
+Weights are inputs of a stage's graph: stages of equal layers share one session, and no weight is copied into it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnxpress.compiler.errors import PreconditionError
+from onnxpress.compiler.linears import Float2D, Linear
+from onnxpress.compiler.pass_ import subgraphs
+from onnxpress.compiler.region import build_model, first_line
+from onnxpress.compiler.stats import Stats
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+_INLINE = 1024  # bytes up to which a constant is part of a stage's graph
+
+
+@dataclass
+class Group:
+    """Linears that read one activation, and what is known of it.
+
+    Attributes:
+        linears: in topological order.
+        stats: of the activation.
+    """
+
+    linears: list[Linear]
+    stats: Stats
+    _replacements: dict[int, Array] = field(repr=False, default_factory=dict)
+
+    def replace(self, linear: Linear, w_NK: Float2D) -> None:
+        """From now on the compressed stream multiplies with `w_NK`, float32 [N, K]."""
+        self._replacements[id(linear.weight)] = linear.stored_form(w_NK)
+
+
+@dataclass
+class Stage:
+    """Part of a graph that leads to the activation of some linears.
+
+    Attributes:
+        linears: all read the same activation.
+        nodes: those that no earlier stage has run.
+        inputs: what they read of earlier stages and of the graph's inputs.
+        weights: constants that are fed.
+        outputs: what later stages read, and the activation.
+        dying: values that no later stage reads.
+    """
+
+    linears: list[Linear]
+    nodes: list[ir.Node]
+    inputs: list[ir.Value]
+    weights: list[ir.Value]
+    outputs: list[ir.Value] = field(default_factory=list)
+    dying: list[ir.Value] = field(default_factory=list)
+
+
+class Calibration:
+    """A model, the windows of text that run through it, and the state in between.
+
+    Attributes:
+        stages: to be observed one after the other.
+    """
+
+    def __init__(
+        self, model: ir.Model, windows: Sequence[Feeds], linears: Sequence[Linear], work_dir: Path | None = None
+    ) -> None:
+        """Divides the graph into stages.
+
+        Args:
+            model: not to be changed before the last stage was observed.
+            windows: inputs of the model by name, all of the same shapes; one run each.
+            linears: those that the caller wants to see, of `find_linears(model, expand_pairs=True)`.
+            work_dir: where values between stages are kept; the system's temporary folder by default.
+
+        Raises:
+            PreconditionError: a graph inside a node is in the way.
+        """
+        self.stages = _stages(model, linears)
+        self._opset = model.graph.opset_imports.get("", 18)
+        self._num_windows = len(windows)
+        self._folder = Path(tempfile.mkdtemp(prefix="streams-", dir=work_dir))
+        self._streams = _Streams(self._folder, windows)
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+        self._replacements: dict[int, Array] = {}
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def observe(self, stage: Stage) -> Group:
+        """Runs the next of `stages`.
+
+        Raises:
+            PreconditionError: this part of the graph cannot be run by itself, or not on these windows.
+        """
+        streams, activation = self._streams, stage.linears[0].activation
+        plain = [_array(value) for value in stage.weights]
+        weights = [plain]
+        changed = any(id(value) in self._replacements for value in stage.weights)
+        if changed or any(streams.differ(value) for value in stage.inputs):
+            replaced = [self._replacements.get(id(value)) for value in stage.weights]
+            weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
+        sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
+        session = self._session(stage) if stage.nodes else None
+        stats = Stats(stage.linears[0].num_in)
+        for number in range(self._num_windows):
+            if session is not None:
+                for which, sink in enumerate(sinks):
+                    feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
+                    sink.write(number, _call(session, [*feeds, *weights[which]], stage))
+            teacher = streams.read(activation, number, compressed=False)
+            if streams.differ(activation):
+                stats.update(streams.read(activation, number, compressed=True), teacher)
+            else:
+                stats.update(teacher)
+        for value in stage.weights:
+            self._replacements.pop(id(value), None)
+        streams.drop(stage.dying)
+        return Group(stage.linears, stats, self._replacements)
+
+    def _session(self, stage: Stage) -> ort.InferenceSession:
+        part = build_model(stage.nodes, [*stage.inputs, *stage.weights], stage.outputs, opset=self._opset)
+        data = ir.to_proto(part).SerializeToString()
+        if data not in self._sessions:
+            options = ort.SessionOptions()
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.log_severity_level = 4
+            try:
+                self._sessions[data] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # ORT has one exception type per C++ code
+                raise _cannot_run(stage, error) from error
+        return self._sessions[data]
+
+
+class _Streams:
+    """Values between stages: one file per value and stream, [windows, *shape]; graph inputs are what they are."""
+
+    def __init__(self, folder: Path, windows: Sequence[Feeds]) -> None:
+        self._folder, self._windows = folder, windows
+        self._stored: dict[tuple[int, bool], _Stored] = {}
+        self._count = itertools.count()
+
+    def create(self, values: Sequence[ir.Value], *, compressed: bool) -> _Sink:
+        stored = [_Stored(self._folder / f"{next(self._count)}.npy", len(self._windows)) for _ in values]
+        self._stored |= {(id(value), compressed): one for value, one in zip(values, stored, strict=True)}
+        return _Sink(stored)
+
+    def differ(self, value: ir.Value) -> bool:
+        return (id(value), True) in self._stored
+
+    def read(self, value: ir.Value, number: int, *, compressed: bool) -> Array:
+        stored = self._stored.get((id(value), compressed)) or self._stored.get((id(value), False))
+        if stored is not None:
+            return stored.read(number)
+        assert value.name is not None
+        return self._windows[number][value.name]
+
+    def drop(self, values: Sequence[ir.Value]) -> None:
+        for value in values:
+            for compressed in (False, True):
+                if stored := self._stored.pop((id(value), compressed), None):
+                    stored.remove()
+
+
+class _Stored:
+    """One array per window, in a file that is mapped into memory."""
+
+    def __init__(self, path: Path, num_windows: int) -> None:
+        self._path, self._num_windows = path, num_windows
+        self._array: Array | None = None
+
+    def write(self, number: int, array: Array) -> None:
+        if self._array is None:
+            shape = (self._num_windows, *array.shape)
+            self._array = np.lib.format.open_memmap(self._path, mode="w+", dtype=array.dtype, shape=shape)
+        self._array[number] = array
+
+    def read(self, number: int) -> Array:
+        assert self._array is not None
+        return self._array[number, ...]  # the dots keep a number an array
+
+    def remove(self) -> None:
+        self._array = None
+        self._path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Sink:
+    stored: list[_Stored]
+
+    def write(self, number: int, arrays: Sequence[Array]) -> None:
+        for one, array in zip(self.stored, arrays, strict=True):
+            one.write(number, array)
+
+
+def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
+    """Divides what leads to the activations of `linears`; equal activations share a stage."""
+    grouped: dict[int, list[Linear]] = {}
+    for one in linears:
+        grouped.setdefault(id(one.activation), []).append(one)
+    place = {id(node): number for number, node in enumerate(model.graph)}
+
+    def position(group: list[Linear]) -> int:
+        producer = group[0].activation.producer()
+        return -1 if producer is None else place[id(producer)]
+
+    stages: list[Stage] = []
+    done: set[int] = set()
+    for group in sorted(grouped.values(), key=position):
+        nodes = sorted(_ancestors(group[0].activation, done), key=lambda node: place[id(node)])
+        done |= {id(node) for node in nodes}
+        stages.append(Stage(group, nodes, *_operands(nodes)))
+    # Backwards: a value lives from the stage that makes it to the last one that reads it.
+    read_later: dict[int, int] = {}
+    for number, stage in reversed(list(enumerate(stages))):
+        activation = stage.linears[0].activation
+        made = [value for node in stage.nodes for value in node.outputs]
+        stage.outputs = [value for value in made if id(value) in read_later or value is activation]
+        last_read = [value for value in stage.inputs if id(value) not in read_later]
+        last_read += [activation] if id(activation) not in read_later else []
+        # The activation itself is read while the stage runs, and by the next stages at most.
+        stage.dying = [*dict.fromkeys(last_read)]
+        for value in stage.inputs:
+            read_later.setdefault(id(value), number)
+    return stages
+
+
+def _ancestors(value: ir.Value, done: set[int]) -> list[ir.Node]:
+    """Nodes that `value` needs and that are not `done`."""
+    found: dict[int, ir.Node] = {}
+    queue = [value]
+    while queue:
+        node = queue.pop().producer()
+        if node is None or id(node) in done or id(node) in found:
+            continue
+        if subgraphs(node):
+            raise PreconditionError(
+                f"calibration: {node.op_type} {node.name!r} holds a graph of its own, which is not streamed",
+                hint="give the parts of a merged decoder one by one",
+            )
+        found[id(node)] = node
+        queue += [one for one in node.inputs if one is not None]
+    return list(found.values())
+
+
+def _operands(nodes: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]:
+    """(activations that `nodes` read from outside, weights that are fed to them)."""
+    made = {id(value) for node in nodes for value in node.outputs}
+    inputs: dict[int, ir.Value] = {}
+    weights: dict[int, ir.Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is None or id(value) in made:
+                continue
+            if value.const_value is None:
+                inputs[id(value)] = value
+            elif value.const_value.nbytes > _INLINE:
+                weights[id(value)] = value
+    return list(inputs.values()), list(weights.values())
+
+
+def _array(value: ir.Value) -> Array:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -> list[Array]:
+    try:
+        return list(session.run(None, {f"i{index}": array for index, array in enumerate(arrays)}))
+    except Exception as error:  # ORT has one exception type per C++ code
+        raise _cannot_run(stage, error) from error
+
+
+def _cannot_run(stage: Stage, error: Exception) -> PreconditionError:
+    return PreconditionError(
+        f"calibration: what leads to {stage.linears[0].name} does not run by itself: {first_line(error)}",
+        hint="give a model whose types and shapes are known, or another calibration text",
+    )

@@ -1,0 +1,132 @@
+"""What is streamed through a model to calibrate it: windows of text as the model's inputs.
+
+Axes: W windows, S tokens of a window
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.compiler.errors import CalibrationError
+from onnxpress.compiler.sample_text import TOPICS, default_text
+
+Array = npt.NDArray[Any]
+
+_CHARACTERS = 12  # a token is rarely longer
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Texts and the tokenizer that turns them into windows.
+
+    Attributes:
+        texts: name of a source to its text; English that comes with Python when empty.
+        tokenizer: `tokenizer.json` of the model; without it windows are random token ids.
+        vocab_size: ids stay below it.
+        max_length: tokens that the model takes at once, None when that is not known.
+        seed: of random ids.
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    vocab_size: int = 2
+    max_length: int | None = None
+    seed: int = 0
+
+    def windows(self, num_tokens: int, length: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        """Token ids [W, S] with about `num_tokens` in all, spread evenly over every text, and facts for the card.
+
+        Args:
+            num_tokens: W times S is at most this, but at least one window is given.
+            length: S; less where the model or the texts have no more.
+
+        Raises:
+            CalibrationError: a text has fewer than two tokens.
+        """
+        length = min(length, self.max_length or length, num_tokens)
+        count = max(1, num_tokens // length)
+        if self.tokenizer is None:
+            rng = np.random.default_rng(self.seed)
+            ids = rng.integers(0, max(self.vocab_size, 2), (count, length), dtype=np.int64)
+            return ids, self._facts(ids, f"{ids.size} random tokens, since the model has no tokenizer.json")
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        texts = dict(self.texts) or {TOPICS: default_text()}
+        streams = {name: self._tokens(tokenizer, name, text) for name, text in texts.items()}
+        length = min(length, *(len(stream) for stream in streams.values()))
+        # Each text gives the same number of windows, in turn, so that a prefix of the windows is a mixture too.
+        shares = [_spread(stream, length, -(-count // len(streams))) for stream in streams.values()]
+        ids = np.concatenate([window for turn in zip(*shares, strict=False) for window in turn])
+        ids = ids.reshape(-1, length)[:count]
+        return ids, self._facts(ids, f"{ids.size} tokens of {', '.join(streams)}")
+
+    def _tokens(self, tokenizer: Any, name: str, text: str) -> npt.NDArray[np.int64]:
+        found = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        found = found[found < self.vocab_size]
+        if len(found) < 2:
+            raise CalibrationError(f"{name}: expected text, found {len(found)} tokens", hint="give a few pages of text")
+        return found
+
+    def _facts(self, ids: npt.NDArray[np.int64], about: str) -> dict[str, Any]:
+        return {"text": about, "windows": list(ids.shape), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+
+
+def _spread(stream: npt.NDArray[np.int64], length: int, count: int) -> list[npt.NDArray[np.int64]]:
+    """At most `count` windows that do not overlap, evenly over the stream."""
+    available = len(stream) // length
+    places = np.unique(np.linspace(0, available - 1, min(count, available)).round().astype(int))
+    return [stream[place * length : (place + 1) * length] for place in places]
+
+
+def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64], seed: int = 0) -> list[dict[str, Array]]:
+    """Inputs of a model for each window: text models get token ids, an empty cache, and no padding; floats of any other
+    model are random normal numbers.
+
+    Args:
+        graph: its inputs are looked at.
+        ids_WS: token ids.
+        seed: of random numbers.
+    """
+    length = ids_WS.shape[1]
+    known = {
+        "attention_mask": np.ones((1, length), np.int64),
+        "position_ids": np.arange(length)[None],
+        "token_type_ids": np.zeros((1, length), np.int64),
+    }
+    result = []
+    for number, ids_S in enumerate(ids_WS):
+        window: dict[str, Array] = {}
+        for value in graph.inputs:
+            name = value.name or ""
+            if name in graph.initializers:
+                continue  # has a default
+            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+            if name == "input_ids":
+                window[name] = ids_S[None].astype(dtype)
+            elif name in known:
+                window[name] = known[name].astype(dtype)
+            elif "past" in name:
+                window[name] = np.zeros(_sizes(value, 0), dtype)
+            else:
+                rng = np.random.default_rng([seed, number])
+                numbers = rng.standard_normal(_sizes(value, length))
+                window[name] = (
+                    numbers.astype(dtype) if np.issubdtype(dtype, np.floating) else np.ones_like(numbers, dtype)
+                )
+        result.append(window)
+    return result
+
+
+def _sizes(value: ir.Value, unknown: int) -> Sequence[int]:
+    """A shape in which the first size is 1 and every other unknown one `unknown`."""
+    dims = [] if value.shape is None else list(value.shape)
+    return [dim if isinstance(dim, int) else 1 if axis == 0 else unknown for axis, dim in enumerate(dims)]

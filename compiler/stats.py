@@ -1,0 +1,72 @@
+"""What was seen of the activation that a group of linears reads.
+
+Two streams are watched side by side: what the model as it came gives (the teacher's activation), and what it gives once
+the linears before have been compressed. The second is what a linear gets to see when it is used; the first is what
+its outputs are to be like.
+
+Axes: T tokens, K features of the activation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass
+class Stats:
+    """Sums over tokens; `update` adds more of them.
+
+    Attributes:
+        num_in: K.
+        count: tokens seen.
+        sum_K, abs_K, absmax_K: sum, sum of magnitudes and largest magnitude of x, float64 [K].
+        gram_KK: sum of x x^T, float64 [K, K]; x from the compressed stream.
+        drift_KK: sum of (x0 - x) x^T, float64 [K, K]; x0 from the teacher. None while both streams are the same.
+    """
+
+    num_in: int
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.sum_K = np.zeros(self.num_in)
+        self.abs_K = np.zeros(self.num_in)
+        self.absmax_K = np.zeros(self.num_in)
+        self.gram_KK = np.zeros((self.num_in, self.num_in))
+        self.drift_KK: npt.NDArray[np.float64] | None = None
+
+    def update(self, x_TK: Floats, teacher_TK: Floats | None = None) -> None:
+        """Adds tokens.
+
+        Args:
+            x_TK: what the compressed model gives, float [T, K].
+            teacher_TK: what the model as it came gives at the same tokens; None when it is the same.
+        """
+        x_TK = np.ascontiguousarray(x_TK.reshape(-1, self.num_in), dtype=np.float32)
+        self.count += len(x_TK)
+        self.sum_K += x_TK.sum(axis=0, dtype=np.float64)
+        size_TK = np.abs(x_TK)
+        self.abs_K += size_TK.sum(axis=0, dtype=np.float64)
+        np.maximum(self.absmax_K, size_TK.max(axis=0, initial=0.0), out=self.absmax_K)
+        # numpy sees that both factors are the same array and computes one half of the symmetric result.
+        self.gram_KK += x_TK.T @ x_TK
+        if teacher_TK is not None:
+            if self.drift_KK is None:
+                self.drift_KK = np.zeros((self.num_in, self.num_in))
+            np.subtract(teacher_TK.reshape(-1, self.num_in), x_TK, out=size_TK)
+            self.drift_KK += size_TK.T @ x_TK
+
+    @property
+    def hessian_KK(self) -> npt.NDArray[np.float64]:  # noqa: N802
+        """Mean of x x^T, float64 [K, K]: half the second derivative of the mean squared error of a linear's output."""
+        return self.gram_KK / max(self.count, 1)
+
+    @property
+    def importance_K(self) -> npt.NDArray[np.float64]:  # noqa: N802
+        """Mean of x^2, float64 [K]: the diagonal of `hessian_KK`."""
+        importance: npt.NDArray[np.float64] = self.gram_KK.diagonal() / max(self.count, 1)
+        return importance

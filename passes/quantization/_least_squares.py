@@ -1,0 +1,212 @@
+"""Codes of a matrix whose product with an activation is as close as possible to what it should be.
+
+All of it minimizes, over codes q on a grid of scales and zero points,
+
+    L(Q) = tr[(Q - W) H (Q - W)^T],   H = E[x x^T],   Q = (q - zero) scale
+
+Matrices are kept turned, [K, N], so that a column of W is a row of memory: the sweeps go from column to column and
+treat all N rows at once.
+
+Axes: N out features, K in features, G = ceil(K / b) blocks of b columns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxpress.compiler.errors import NumericalError
+
+Floats = npt.NDArray[Any]
+
+_DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for, until H has a Cholesky factor
+_WIDTH = 32  # columns that are swept with rank-one updates before the rest is brought up to date by one product
+
+
+@dataclass
+class Grid:
+    """Where the codes of a matrix may lie.
+
+    Attributes:
+        scale_GN: weight per step, float32.
+        zero_GN: code that stands for 0, float32 holding whole numbers.
+        bits, block_size: width of a code; b.
+    """
+
+    scale_GN: Floats
+    zero_GN: Floats
+    bits: int
+    block_size: int
+
+    def rows(self, part: slice) -> Grid:
+        """The grid of some of the N rows."""
+        return Grid(self.scale_GN[:, part], self.zero_GN[:, part], self.bits, self.block_size)
+
+    def step(self, target_N: Floats, column: int) -> Floats:
+        """Signed steps, code - zero, nearest to `target_N` in this column."""
+        group = column // self.block_size
+        zero = self.zero_GN[group]
+        q = np.rint(target_N / self.scale_GN[group])
+        np.maximum(q, -zero, out=q)
+        np.minimum(q, (2**self.bits - 1) - zero, out=q)
+        return q
+
+    def spread(self, x_GN: Floats, num_in: int) -> Floats:
+        """[G, N] to [K, N]: each block's number for each of its columns."""
+        spread: Floats = np.repeat(x_GN, self.block_size, axis=0)[:num_in]
+        return spread
+
+
+def damped(hessian_KK: Floats, damping: float) -> Floats:
+    """H with `damping` times its mean diagonal added to the diagonal; features that are always 0 get 1."""
+    result = hessian_KK.copy()
+    diagonal = result.diagonal().copy()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    np.fill_diagonal(result, np.where(dead, mean, diagonal + damping * mean))
+    return result
+
+
+def teacher_correction(hessian_KK: Floats, drift_KK: Floats, ridge: float) -> Floats:
+    """C such that W^T + C W^T best gives the teacher's outputs from the compressed model's activation.
+
+    Minimizes E||W x0 - V x||^2 + ridge ||V - W||^2: V = W + W D (H + ridge I)^-1, so that C = (H + ridge I)^-1 D^T.
+    Fitted to V with the same H, a quantizer minimizes the distance to the teacher's outputs: what is left of it
+    does not depend on the codes.
+
+    Args:
+        hessian_KK: H = E[x x^T].
+        drift_KK: D = E[(x0 - x) x^T].
+        ridge: relative to the mean diagonal of H.
+
+    Returns:
+        float32 [K, K].
+    """
+    return np.linalg.solve(damped(hessian_KK, ridge), drift_KK.T).astype(np.float32)
+
+
+def factor(hessian_KK: Floats, damping: float) -> Floats:
+    """Upper triangular R with R R^T = H + damping, float64.
+
+    Raises:
+        NumericalError: H is not finite, or not positive semidefinite.
+    """
+    for times in _DAMPINGS:
+        try:
+            lower = np.linalg.cholesky(damped(hessian_KK, times * damping)[::-1, ::-1])
+        except np.linalg.LinAlgError:
+            continue
+        if np.isfinite(lower).all():
+            return lower[::-1, ::-1]
+    raise NumericalError("second moments of the activation are not positive semidefinite", hint="use more text")
+
+
+def sweep(w_KN: Floats, hessian_KK: Floats, grid: Grid, *, damping: float, width: int = _WIDTH) -> Floats:
+    """GPTQ with columns in order of importance: each is rounded after the errors of those before are made up for.
+
+    The column that comes first is rounded as it is; every later one as w_j + sum_i (w_i - q_i) R_ij / R_jj, the form of
+    QuIP's LDLQ, which is equal to GPTQ's and needs no inverse. Blocks keep their scales (static groups), so the order
+    needs no index in the graph.
+
+    Paper: arXiv:2210.17323 (GPTQ), arXiv:2307.13304 (LDLQ, theorem 6: equal)
+
+    Args:
+        w_KN: W, turned, float32.
+        hessian_KK: H, float64.
+        grid: scales and zero points.
+        damping: relative to the mean diagonal of H.
+        width: columns between two products; does not change the result beyond rounding.
+
+    Returns:
+        Signed steps (code - zero), float32 [K, N].
+    """
+    order = np.argsort(-hessian_KK.diagonal(), kind="stable")
+    r = factor(hessian_KK[order[:, None], order], damping)
+    feedback = (r / r.diagonal()).astype(np.float32)  # [i, j]: R_ij / R_jj
+    columns, rows = w_KN.shape
+    steps = np.empty((columns, rows), np.float32)
+    error = np.empty((columns, rows), np.float32)  # w - q, in the order of the sweep
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        target = w_KN[order[start:stop]]
+        if start:
+            target += feedback[:start, start:stop].T @ error[:start]
+        for j in range(start, stop):
+            column = int(order[j])
+            t = target[j - start]
+            q = grid.step(t, column)
+            steps[column] = q
+            e = error[j]
+            np.multiply(q, grid.scale_GN[column // grid.block_size], out=e)
+            np.subtract(w_KN[column], e, out=e)
+            if j + 1 < stop:
+                target[j + 1 - start :] += feedback[j, j + 1 : stop, None] * e
+    return steps
+
+
+def descend(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, width: int = _WIDTH) -> int:
+    """One sweep of coordinate descent over the columns, in place: each gets the best codes given all others.
+
+    Never makes L larger. Paper: arXiv:2309.01885 (QuantEase).
+
+    Returns:
+        How many codes changed.
+    """
+    columns = w_KN.shape[0]
+    h = hessian_KK.astype(np.float32)
+    error = steps_KN * grid.spread(grid.scale_GN, columns) - w_KN  # Q - W
+    changed = 0
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        gradient = h[start:stop] @ error
+        for j in range(start, stop):
+            if h[j, j] <= 0:
+                continue
+            e = error[j]
+            scale = grid.scale_GN[j // grid.block_size]
+            # Without column j the gradient is g - h_jj e; the best value of column j makes the whole zero.
+            old = steps_KN[j]
+            q = grid.step(old * scale - gradient[j - start] / h[j, j], j)
+            moved = (q - old) * scale
+            count = int(np.count_nonzero(moved))
+            if not count:
+                continue
+            changed += count
+            steps_KN[j] = q
+            e += moved
+            if j + 1 < stop:
+                gradient[j + 1 - start :] += h[j + 1 : stop, j, None] * moved
+    return changed
+
+
+def refit(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, ridge: float = 1e-6) -> Floats:
+    """Scales [G, N] of least L for these steps, float32; per row of W the solution of a system of G equations."""
+    columns, rows = w_KN.shape
+    b, groups = grid.block_size, grid.scale_GN.shape[0]
+    h = hessian_KK.astype(np.float32)
+    a = np.empty((groups, groups, rows), np.float32)
+    rhs = np.empty((groups, rows), np.float32)
+    starts = np.arange(0, columns, b)
+    hw = h @ w_KN
+    for g in range(groups):
+        part = slice(g * b, min((g + 1) * b, columns))
+        product = h[:, part] @ steps_KN[part]  # [K, N]
+        product *= steps_KN
+        a[g] = np.add.reduceat(product, starts, axis=0)
+        rhs[g] = np.einsum("bn,bn->n", steps_KN[part], hw[part])
+    a_NGG = np.ascontiguousarray(a.transpose(2, 0, 1)).astype(np.float64)
+    # A ridge to the old scales; blocks whose steps are all 0 keep theirs.
+    weight = ridge * np.maximum(a_NGG.diagonal(axis1=1, axis2=2), 1e-30)
+    weight = np.where(weight <= 1e-29, 1.0, weight)
+    index = np.arange(groups)
+    a_NGG[:, index, index] += weight
+    right = rhs.T.astype(np.float64) + weight * grid.scale_GN.T
+    return np.linalg.solve(a_NGG, right[..., None])[..., 0].T.astype(np.float32)
+
+
+def quadratic(x_KN: Floats, hessian_KK: Floats) -> float:
+    """tr[X^T H X], summed in float64."""
+    return float(np.einsum("kn,kn->", hessian_KK.astype(np.float32) @ x_KN, x_KN, dtype=np.float64))
