@@ -15,6 +15,7 @@ Weights are inputs of a stage's graph: stages of equal layers share one session,
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import shutil
@@ -110,6 +111,7 @@ class Calibration:
         self._streams = _Streams(self._folder, windows)
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self._replacements: dict[int, Array] = {}
+        self._digest = _digest_of(windows)
 
     def __enter__(self) -> Calibration:
         return self
@@ -117,8 +119,23 @@ class Calibration:
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def observe(self, stage: Stage) -> Group:
+    def digest(self, stage: Stage) -> str:
+        """Of the next of `stages`, all before it, and the windows: equal replacements then lead to equal stats."""
+        digest = hashlib.sha256(self._digest.encode())
+        digest.update(self._graph(stage))
+        for value in stage.weights:
+            digest.update(np.ascontiguousarray(_array(value)).data)
+        for linear in stage.linears:
+            digest.update(linear.name.encode())
+            digest.update(np.ascontiguousarray(_array(linear.weight)).data)
+        return digest.hexdigest()
+
+    def observe(self, stage: Stage, *, with_stats: bool = True) -> Group:
         """Runs the next of `stages`.
+
+        Args:
+            stage: the next one.
+            with_stats: whether anybody will look at them; without, only the streams advance.
 
         Raises:
             PreconditionError: this part of the graph cannot be run by itself, or not on these windows.
@@ -131,6 +148,7 @@ class Calibration:
             replaced = [self._replacements.get(id(value)) for value in stage.weights]
             weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
         sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
+        self._digest = self.digest(stage)
         session = self._session(stage) if stage.nodes else None
         stats = Stats(stage.linears[0].num_in)
         for number in range(self._num_windows):
@@ -138,6 +156,8 @@ class Calibration:
                 for which, sink in enumerate(sinks):
                     feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
                     sink.write(number, _call(session, [*feeds, *weights[which]], stage))
+            if not with_stats:
+                continue
             teacher = streams.read(activation, number, compressed=False)
             if streams.differ(activation):
                 stats.update(streams.read(activation, number, compressed=True), teacher)
@@ -149,8 +169,7 @@ class Calibration:
         return Group(stage.linears, stats, self._replacements)
 
     def _session(self, stage: Stage) -> ort.InferenceSession:
-        part = build_model(stage.nodes, [*stage.inputs, *stage.weights], stage.outputs, opset=self._opset)
-        data = ir.to_proto(part).SerializeToString()
+        data = self._graph(stage)
         if data not in self._sessions:
             options = ort.SessionOptions()
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -160,6 +179,10 @@ class Calibration:
             except Exception as error:  # ORT has one exception type per C++ code
                 raise _cannot_run(stage, error) from error
         return self._sessions[data]
+
+    def _graph(self, stage: Stage) -> bytes:
+        part = build_model(stage.nodes, [*stage.inputs, *stage.weights], stage.outputs, opset=self._opset)
+        return bytes(ir.to_proto(part).SerializeToString(deterministic=True))
 
 
 class _Streams:
@@ -287,6 +310,15 @@ def _operands(nodes: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]
             elif value.const_value.nbytes > _INLINE:
                 weights[id(value)] = value
     return list(inputs.values()), list(weights.values())
+
+
+def _digest_of(windows: Sequence[Feeds]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        for name in sorted(window):
+            digest.update(f"{name}{window[name].dtype}{window[name].shape}".encode())
+            digest.update(np.ascontiguousarray(window[name]).data)
+    return digest.hexdigest()
 
 
 def _array(value: ir.Value) -> Array:

@@ -26,6 +26,7 @@ from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
+from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, subgraphs, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
@@ -36,6 +37,7 @@ from onnxpress.compiler.staging import Stage, staged
 from onnxpress.compiler.target import Target
 from onnxpress.compiler.target import target as find_target
 from onnxpress.compiler.verify import LossMeter, Verifier
+from onnxpress.models import zoo
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,8 @@ def optimize(
     """
     chosen_target = find_target(target)
     pipeline = _pipeline(recipe, passes, chosen_target)
-    context = Context(target=chosen_target, seed=seed, text=_read(calibration))
+    journal = Journal(zoo.cache_dir() / "journal")
+    context = Context(target=chosen_target, seed=seed, text=_read(calibration), journal=journal)
     if track is not None:
         context.track = track
     clock = _Clock()
@@ -142,6 +145,7 @@ def optimize(
         card["seconds"] = clock.seconds
         card["peak_memory_bytes"] = cards.peak_memory_bytes()
         write_card(card, stage.path)
+    journal.clear()
     return Artifact(directory, card)
 
 

@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OnnxpressError, OptionError, PassError, near_miss
+from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.target import TARGETS, Target
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Context:
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
         text: calibration text, "" when the user gave none.
         calibration: the same and what else is needed to stream text through the model.
+        journal: where long passes keep what they have finished; nowhere by default.
     """
 
     target: Target = TARGETS["cpu"]
@@ -124,6 +126,7 @@ class Context:
     work_dir: Path | None = None
     text: str = ""
     calibration: CalibrationText = field(default_factory=CalibrationText)
+    journal: Journal = field(default_factory=Journal)
 
 
 @dataclass(frozen=True, kw_only=True)

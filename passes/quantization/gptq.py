@@ -12,12 +12,14 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from onnxpress.compiler import packing
 from onnxpress.compiler.calibration import Calibration, Group
@@ -31,6 +33,8 @@ from onnxpress.passes.quantization._rounding import pack_columns, stored_scale
 from onnxpress.passes.quantization._weight_only import Coded, Format, Site, WeightOnly, rounded
 
 _ROWS = 4096  # rows of a matrix that are worked on at a time: bounds memory for a head
+# What may change a last bit, and with it a code: results of other versions are not resumed.
+_VERSIONS = (f"onnxruntime {ort.__version__}", f"numpy {np.__version__}", f"{os.cpu_count()} cores")
 _FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
 
 
@@ -67,40 +71,46 @@ class Gptq(WeightOnly):
         if wanted:
             ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
             windows = feeds(model.graph, ids_WS, context.seed)
+            section = context.journal.section(str(self), context.target.name, *_VERSIONS)
             with Calibration(model, windows, wanted, context.work_dir) as run:
-                for stage in context.track(run.stages, self.name()):
-                    group = run.observe(stage)
-                    if np.isfinite(group.stats.gram_KK).all():
-                        self._fit(group, site_of, found)
+                for number, stage in enumerate(context.track(run.stages, self.name())):
+                    digest = run.digest(stage)
+                    record = section.read(str(number), digest)
+                    group = run.observe(stage, with_stats=record is None)
+                    if record is not None:
+                        done = [_read(record, index) for index, _ in enumerate(group.linears)]
+                    elif np.isfinite(group.stats.gram_KK).all():
+                        done = self._fit(group, site_of)
+                        section.write(str(number), digest, _record(done))
+                    else:
+                        unfit |= {id(site_of[id(linear)]) for linear in group.linears}
                         continue
-                    for linear in group.linears:
-                        site = site_of[id(linear)]
-                        if id(site) not in found and id(site) not in unfit:
-                            unfit.add(id(site))
-                            report.skip(site.name, "its activation is not finite on the calibration text")
-        rest = [site for site in sites if id(site) not in found and id(site) not in unfit]
+                    for linear, coded in zip(group.linears, done, strict=True):
+                        # Where layers share a weight, the first of them decides.
+                        coded = found.setdefault(id(site_of[id(linear)]), coded)
+                        group.replace(linear, coded.matrix.w_NK())
         for site in sites:
             if id(site) in found:
                 yield site, found.pop(id(site))
+            elif id(site) in unfit:
+                report.skip(site.name, "its activation is not finite on the calibration text")
         # Tables that are only gathered, and what is stored in integers already, see no activation of their own.
+        rest = [site for site in sites if not any(id(linear) in site_of for linear in site.linears)]
         yield from rounded(rest, context, self.name())
 
-    def _fit(self, group: Group, site_of: dict[int, Site], found: dict[int, Coded]) -> None:
+    def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
         """Codes of the linears of a group, which share an activation; those of one format are fitted together."""
         together: dict[tuple[Format, Any], list[Linear]] = {}
         for linear in group.linears:
             site = site_of[id(linear)]
-            if id(site) in found:  # a weight that an earlier layer has too
-                group.replace(linear, found[id(site)].matrix.w_NK())
-            else:
-                together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
+            together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
         hessian_KK = group.stats.hessian_KK
         correction_KK = None
         if self.teacher and group.stats.drift_KK is not None:
             drift_KK = group.stats.drift_KK / group.stats.count
             correction_KK = least_squares.teacher_correction(hessian_KK, drift_KK, self.ridge)
+        parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
         for (chosen, dtype), linears in together.items():
-            parts: dict[int, list[Coded]] = {id(linear): [] for linear in linears}
             for pieces in _batches(linears):
                 w_KN = np.concatenate([w_NK.T for _, w_NK in pieces], axis=1)
                 target_KN = w_KN if correction_KK is None else w_KN + correction_KK @ w_KN
@@ -109,12 +119,9 @@ class Gptq(WeightOnly):
                 for linear, w_NK in pieces:
                     rows = slice(start, start + len(w_NK))
                     start = rows.stop
-                    parts[id(linear)].append(
-                        _coded(w_NK, steps_KN[:, rows], grid.rows(rows), chosen, dtype, hessian_KK)
-                    )
-            for linear in linears:
-                coded = found[id(site_of[id(linear)])] = _joined(parts[id(linear)])
-                group.replace(linear, coded.matrix.w_NK())
+                    own = steps_KN[:, rows], grid.rows(rows)
+                    parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, hessian_KK))
+        return [_joined(parts[id(linear)]) for linear in group.linears]
 
     def _solve(
         self, target_KN: Floats, chosen: Format, dtype: np.dtype[Any], hessian_KK: Floats
@@ -181,6 +188,25 @@ def _coded(
         "energy": least_squares.quadratic(w_NK.T, hessian_KK),
     }
     return Coded(matrix, float(np.vdot(error_KN, error_KN)), float(np.vdot(w_NK, w_NK)), facts)
+
+
+def _record(done: list[Coded]) -> dict[str, Any]:
+    """What `_read` makes the same `Coded` of again."""
+    record: dict[str, Any] = {}
+    for index, (matrix, loss, norm, facts) in enumerate(done):
+        record[f"{index}.codes"], record[f"{index}.scale"] = matrix.codes, matrix.scale
+        if matrix.zero is not None:
+            record[f"{index}.zero"] = matrix.zero
+        record[f"{index}.sizes"] = np.array([matrix.num_in, matrix.bits, matrix.block_size])
+        record[f"{index}.numbers"] = np.array([loss, norm, facts["output_error"]])
+    return record
+
+
+def _read(record: dict[str, Any], index: int) -> Coded:
+    num_in, bits, block_size = (int(number) for number in record[f"{index}.sizes"])
+    arrays = (record.get(f"{index}.{name}") for name in ("codes", "scale", "zero"))
+    loss, norm, error = (float(number) for number in record[f"{index}.numbers"])
+    return Coded(CodedMatrix(*arrays, num_in, bits, block_size), loss, norm, {"output_error": error})
 
 
 def _joined(parts: list[Coded]) -> Coded:

@@ -12,13 +12,17 @@ import pytest
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.calibration import Group
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import NumericalError, OptionError
+from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import fit_grid
 from onnxpress.passes.quantization._least_squares import Grid
+from onnxpress.passes.quantization._weight_only import Coded, Site
+from onnxpress.passes.quantization.gptq import Gptq
 
 Array = np.ndarray
 
@@ -229,6 +233,52 @@ def test_weights_that_are_not_finite_are_left(fused: ir.Model) -> None:
     reasons = {skip.site: skip.reason for skip in report.skipped}
     assert reasons[linear.name] == "weights are not finite"
     assert reasons["head"] == "its activation is not finite on the calibration text"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [1, 3, 6])
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
+    fused: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    passes = pipeline.parse("gptq(tokens=256, length=32)")
+    fits, real = [], Gptq._fit
+
+    def context() -> Context:
+        return Context(calibration=CalibrationText(vocab_size=200), journal=Journal(tmp_path / "journal"))
+
+    def fit(self: Gptq, group: Group, site_of: dict[int, Site]) -> list[Coded]:
+        if len(fits) == moment and not resumed:
+            raise Killed
+        fits.append([one.name for one in group.linears])
+        return real(self, group, site_of)
+
+    monkeypatch.setattr(Gptq, "_fit", fit)
+    want, broken, resumed = fused.clone(), fused.clone(), True
+    pipeline.run(want, passes, Context(calibration=CalibrationText(vocab_size=200)))
+    everything, fits, resumed = list(fits), [], False
+    with pytest.raises(Killed):
+        pipeline.run(broken, passes, context())
+    resumed = True
+    pipeline.run(fused, passes, context())
+    assert fits == everything, "each unit is worked on once"
+    assert graphs.text(fused) == graphs.text(want)
+
+
+def test_other_weights_do_not_resume(fused: ir.Model, tmp_path: Path) -> None:
+    passes = pipeline.parse("gptq(tokens=256, length=32)")
+    context = Context(calibration=CalibrationText(vocab_size=200), journal=Journal(tmp_path / "journal"))
+    other, want = fused.clone(), fused.clone()
+    pipeline.run(other, passes, context)
+    for model in (fused, want):
+        linear = next(one for one in find_linears(model) if one.kind == "down")
+        changed = linear.w_NK() * np.float32(1.5)
+        linear.set_weight(lambda changed=changed: changed, "changed")
+    pipeline.run(fused, passes, context)
+    pipeline.run(want, passes, Context(calibration=CalibrationText(vocab_size=200)))
+    assert graphs.text(fused) == graphs.text(want)
 
 
 @pytest.mark.parametrize("option", ["tokens=0", "length=0", "damping=0.0", "ridge=0.0", "rounds=-1", "bits=3"])
