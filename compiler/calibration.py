@@ -112,6 +112,7 @@ class Calibration:
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self._replacements: dict[int, Array] = {}
         self._digest = _digest_of(windows)
+        self._num_tokens = 0  # of a window
 
     def __enter__(self) -> Calibration:
         return self
@@ -150,19 +151,23 @@ class Calibration:
         sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
         self._digest = self.digest(stage)
         session = self._session(stage) if stage.nodes else None
-        stats = Stats(stage.linears[0].num_in)
+        stats, is_aligned = Stats(stage.linears[0].num_in), True
         for number in range(self._num_windows):
             if session is not None:
                 for which, sink in enumerate(sinks):
                     feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
-                    sink.write(number, _call(session, [*feeds, *weights[which]], stage))
+                    sink.append(_call(session, [*feeds, *weights[which]], stage))
             if not with_stats:
                 continue
             teacher = streams.read(activation, number, compressed=False)
-            if streams.differ(activation):
-                stats.update(streams.read(activation, number, compressed=True), teacher)
-            else:
-                stats.update(teacher)
+            compressed = streams.read(activation, number, compressed=True)
+            rows = {teacher.size // stats.num_in, compressed.size // stats.num_in}
+            self._num_tokens = self._num_tokens or teacher.size // stats.num_in
+            is_aligned &= rows == {self._num_tokens}
+            stats.update(compressed, teacher if is_aligned and streams.differ(activation) else None)
+        if not is_aligned:
+            # A router sends an expert other tokens once the model is compressed: rows of the streams do not correspond.
+            stats.drift_KK = None
         for value in stage.weights:
             self._replacements.pop(id(value), None)
         streams.drop(stage.dying)
@@ -194,7 +199,7 @@ class _Streams:
         self._count = itertools.count()
 
     def create(self, values: Sequence[ir.Value], *, compressed: bool) -> _Sink:
-        stored = [_Stored(self._folder / f"{next(self._count)}.npy", len(self._windows)) for _ in values]
+        stored = [_Stored(self._folder / f"{next(self._count)}") for _ in values]
         self._stored |= {(id(value), compressed): one for value, one in zip(values, stored, strict=True)}
         return _Sink(stored)
 
@@ -216,24 +221,24 @@ class _Streams:
 
 
 class _Stored:
-    """One array per window, in a file that is mapped into memory."""
+    """One array per window, one after the other in a file; shapes may differ (an expert gets what was sent to it)."""
 
-    def __init__(self, path: Path, num_windows: int) -> None:
-        self._path, self._num_windows = path, num_windows
-        self._array: Array | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._places: list[tuple[int, tuple[int, ...], np.dtype[Any]]] = []
 
-    def write(self, number: int, array: Array) -> None:
-        if self._array is None:
-            shape = (self._num_windows, *array.shape)
-            self._array = np.lib.format.open_memmap(self._path, mode="w+", dtype=array.dtype, shape=shape)
-        self._array[number] = array
+    def append(self, array: Array) -> None:
+        with self._path.open("ab") as file:
+            self._places.append((file.tell(), array.shape, array.dtype))
+            file.write(np.ascontiguousarray(array).data)
 
     def read(self, number: int) -> Array:
-        assert self._array is not None
-        return self._array[number, ...]  # the dots keep a number an array
+        offset, shape, dtype = self._places[number]
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.asarray(np.memmap(self._path, dtype, mode="r", offset=offset, shape=shape))
 
     def remove(self) -> None:
-        self._array = None
         self._path.unlink(missing_ok=True)
 
 
@@ -241,9 +246,9 @@ class _Stored:
 class _Sink:
     stored: list[_Stored]
 
-    def write(self, number: int, arrays: Sequence[Array]) -> None:
+    def append(self, arrays: Sequence[Array]) -> None:
         for one, array in zip(self.stored, arrays, strict=True):
-            one.write(number, array)
+            one.append(array)
 
 
 def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
@@ -259,10 +264,11 @@ def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
 
     stages: list[Stage] = []
     done: set[int] = set()
+    replaceable = {id(one.weight) for one in linears}
     for group in sorted(grouped.values(), key=position):
         nodes = sorted(_ancestors(group[0].activation, done), key=lambda node: place[id(node)])
         done |= {id(node) for node in nodes}
-        stages.append(Stage(group, nodes, *_operands(nodes)))
+        stages.append(Stage(group, nodes, *_operands(nodes, replaceable)))
     # Backwards: a value lives from the stage that makes it to the last one that reads it.
     read_later: dict[int, int] = {}
     for number, stage in reversed(list(enumerate(stages))):
@@ -296,8 +302,8 @@ def _ancestors(value: ir.Value, done: set[int]) -> list[ir.Node]:
     return list(found.values())
 
 
-def _operands(nodes: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]:
-    """(activations that `nodes` read from outside, weights that are fed to them)."""
+def _operands(nodes: Sequence[ir.Node], replaceable: set[int]) -> tuple[list[ir.Value], list[ir.Value]]:
+    """(activations that `nodes` read from outside, weights that are fed to them: large ones and `replaceable` ones)."""
     made = {id(value) for node in nodes for value in node.outputs}
     inputs: dict[int, ir.Value] = {}
     weights: dict[int, ir.Value] = {}
@@ -307,7 +313,7 @@ def _operands(nodes: Sequence[ir.Node]) -> tuple[list[ir.Value], list[ir.Value]]
                 continue
             if value.const_value is None:
                 inputs[id(value)] = value
-            elif value.const_value.nbytes > _INLINE:
+            elif value.const_value.nbytes > _INLINE or id(value) in replaceable:
                 weights[id(value)] = value
     return list(inputs.values()), list(weights.values())
 

@@ -21,7 +21,7 @@ from onnxpress.compiler.pass_ import Context
 Array = np.ndarray
 
 
-@pytest.fixture(params=["llama", "gemma2", "phi3", "gpt_neox"])
+@pytest.fixture(params=["llama", "gemma2", "phi3", "gpt_neox", "mixtral"])
 def decoder(request: pytest.FixtureRequest, tiny_export: Callable[..., Path], tmp_path: Path) -> ir.Model:
     source = models.load(tiny_export(request.param), work_dir=tmp_path)
     pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
@@ -86,17 +86,20 @@ def test_law_the_compressed_stream_is_the_compressed_model(decoder: ir.Model, tm
     for one in linears:
         one.set_weight(lambda name=one.name: new[name], f"{one.name}.new")
     compressed = activations(decoder, find_linears(decoder), inputs)
-    moved = 0
+    moved, tokens = 0, 3 * 12
     for name, stats in drifts.items():
         x_TK, x0_TK = compressed[name].astype(np.float64), teacher[name].astype(np.float64)
         np.testing.assert_allclose(stats.gram_KK, x_TK.T @ x_TK, rtol=1e-3, atol=2e-3)
-        want = (x0_TK - x_TK).T @ x_TK
-        if stats.drift_KK is None:
+        want = (x0_TK - x_TK).T @ x_TK if len(x0_TK) == len(x_TK) else np.zeros(())
+        if len(x0_TK) != tokens:
+            assert stats.drift_KK is None, "an expert sees other tokens than its teacher"
+        elif stats.drift_KK is None:
             assert np.abs(want).max() < 1e-6
         else:
             moved += 1
             np.testing.assert_allclose(stats.drift_KK, want, rtol=1e-2, atol=1e-3 * np.abs(want).max() + 1e-3)
-    assert moved >= len(linears) - 4, "only q, k, v and, beside them, up read what nobody has changed yet"
+    routed = sum(len(array) != tokens for array in teacher.values())
+    assert moved >= len(linears) - routed - 4, "only q, k, v and, beside them, up read what nobody has changed yet"
 
 
 def test_each_node_runs_in_one_stage(decoder: ir.Model) -> None:
@@ -115,9 +118,9 @@ def test_values_are_dropped_when_nobody_reads_them(decoder: ir.Model, tmp_path: 
         most = 0
         for stage in run.stages:
             run.observe(stage)
-            most = max(most, len(list(tmp_path.rglob("*.npy"))))
-        assert most <= 16
-        assert len(list(tmp_path.rglob("*.npy"))) <= 4
+            most = max(most, len(list(tmp_path.glob("streams-*/*"))))
+        assert most <= 24
+        assert len(list(tmp_path.glob("streams-*/*"))) <= 4
 
 
 def test_a_graph_inside_a_node_is_refused_by_name() -> None:
