@@ -12,6 +12,7 @@ Axes: N out features, K in features, G = ceil(K / b) blocks of b columns
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Grid:
         """Signed steps, code - zero, nearest to `target_N` in this column."""
         group = column // self.block_size
         zero = self.zero_GN[group]
-        q = np.rint(target_N / self.scale_GN[group])
+        q: Floats = np.rint(target_N / self.scale_GN[group])
         np.maximum(q, -zero, out=q)
         np.minimum(q, (2**self.bits - 1) - zero, out=q)
         return q
@@ -68,6 +69,45 @@ def damped(hessian_KK: Floats, damping: float) -> Floats:
     mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
     np.fill_diagonal(result, np.where(dead, mean, diagonal + damping * mean))
     return result
+
+
+class Moments:
+    """Second moments of an activation and what is derived from them, each once: every matrix that reads it needs them.
+
+    Attributes:
+        hessian_KK: H = E[x x^T], float64.
+        damping: added to the diagonal, relative to its mean.
+    """
+
+    def __init__(self, hessian_KK: Floats, damping: float) -> None:
+        """H must be symmetric."""
+        self.hessian_KK, self.damping = hessian_KK, damping
+
+    @functools.cached_property
+    def plain_KK(self) -> Floats:  # noqa: N802
+        """H, float32."""
+        result: Floats = self.hessian_KK.astype(np.float32)
+        return result
+
+    @functools.cached_property
+    def damped_KK(self) -> Floats:  # noqa: N802
+        """H with its damping, float32."""
+        result: Floats = damped(self.hessian_KK, self.damping).astype(np.float32)
+        return result
+
+    @functools.cached_property
+    def order_K(self) -> npt.NDArray[np.int64]:  # noqa: N802
+        """Columns, the largest second moment first."""
+        order: npt.NDArray[np.int64] = np.argsort(-self.hessian_KK.diagonal(), kind="stable")
+        return order
+
+    @functools.cached_property
+    def feedback_KK(self) -> Floats:  # noqa: N802
+        """[i, j]: the share of the error of the i-th column of `order_K` that the j-th makes up for, float32."""
+        order = self.order_K
+        r_KK = factor(self.hessian_KK[order[:, None], order], self.damping)
+        feedback: Floats = (r_KK / r_KK.diagonal()).astype(np.float32)
+        return feedback
 
 
 def teacher_correction(hessian_KK: Floats, drift_KK: Floats, ridge: float) -> Floats:
@@ -104,7 +144,7 @@ def factor(hessian_KK: Floats, damping: float) -> Floats:
     raise NumericalError("second moments of the activation are not positive semidefinite", hint="use more text")
 
 
-def sweep(w_KN: Floats, hessian_KK: Floats, grid: Grid, *, damping: float, width: int = _WIDTH) -> Floats:
+def sweep(w_KN: Floats, moments: Moments, grid: Grid, *, width: int = _WIDTH) -> Floats:
     """GPTQ with columns in order of importance: each is rounded after the errors of those before are made up for.
 
     The column that comes first is rounded as it is; every later one as w_j + sum_i (w_i - q_i) R_ij / R_jj, the form of
@@ -115,17 +155,14 @@ def sweep(w_KN: Floats, hessian_KK: Floats, grid: Grid, *, damping: float, width
 
     Args:
         w_KN: W, turned, float32.
-        hessian_KK: H, float64.
+        moments: of the activation.
         grid: scales and zero points.
-        damping: relative to the mean diagonal of H.
         width: columns between two products; does not change the result beyond rounding.
 
     Returns:
         Signed steps (code - zero), float32 [K, N].
     """
-    order = np.argsort(-hessian_KK.diagonal(), kind="stable")
-    r = factor(hessian_KK[order[:, None], order], damping)
-    feedback = (r / r.diagonal()).astype(np.float32)  # [i, j]: R_ij / R_jj
+    order, feedback = moments.order_K, moments.feedback_KK
     columns, rows = w_KN.shape
     steps = np.empty((columns, rows), np.float32)
     error = np.empty((columns, rows), np.float32)  # w - q, in the order of the sweep
@@ -147,16 +184,16 @@ def sweep(w_KN: Floats, hessian_KK: Floats, grid: Grid, *, damping: float, width
     return steps
 
 
-def descend(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, width: int = _WIDTH) -> int:
+def descend(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, width: int = _WIDTH) -> int:
     """One sweep of coordinate descent over the columns, in place: each gets the best codes given all others.
 
-    Never makes L larger. Paper: arXiv:2309.01885 (QuantEase).
+    Never makes L larger, H being the damped one. Paper: arXiv:2309.01885 (QuantEase).
 
     Returns:
         How many codes changed.
     """
     columns = w_KN.shape[0]
-    h = hessian_KK.astype(np.float32)
+    h = moments.damped_KK
     error = steps_KN * grid.spread(grid.scale_GN, columns) - w_KN  # Q - W
     changed = 0
     for start in range(0, columns, width):
@@ -182,11 +219,14 @@ def descend(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, w
     return changed
 
 
-def refit(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, ridge: float = 1e-6) -> Floats:
-    """Scales [G, N] of least L for these steps, float32; per row of W the solution of a system of G equations."""
+def refit(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, ridge: float = 1e-6) -> Floats:
+    """Scales [G, N] of least L for these steps, float32; per row of W the solution of a system of G equations.
+
+    H is the damped one, as in `descend`: together the two never make L larger.
+    """
     columns, rows = w_KN.shape
     b, groups = grid.block_size, grid.scale_GN.shape[0]
-    h = hessian_KK.astype(np.float32)
+    h = moments.damped_KK
     a = np.empty((groups, groups, rows), np.float32)
     rhs = np.empty((groups, rows), np.float32)
     starts = np.arange(0, columns, b)
@@ -207,6 +247,6 @@ def refit(steps_KN: Floats, w_KN: Floats, hessian_KK: Floats, grid: Grid, *, rid
     return np.linalg.solve(a_NGG, right[..., None])[..., 0].T.astype(np.float32)
 
 
-def quadratic(x_KN: Floats, hessian_KK: Floats) -> float:
-    """tr[X^T H X], summed in float64."""
-    return float(np.einsum("kn,kn->", hessian_KK.astype(np.float32) @ x_KN, x_KN, dtype=np.float64))
+def quadratic(x_KN: Floats, h_KK: Floats) -> float:
+    """tr[X^T H X], summed in float64; both float32."""
+    return float(np.einsum("kn,kn->", h_KK @ x_KN, x_KN, dtype=np.float64))

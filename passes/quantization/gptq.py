@@ -104,44 +104,43 @@ class Gptq(WeightOnly):
         for linear in group.linears:
             site = site_of[id(linear)]
             together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
-        hessian_KK = group.stats.hessian_KK
+        moments = least_squares.Moments(group.stats.hessian_KK, self.damping)
         correction_KK = None
         if self.teacher and group.stats.drift_KK is not None:
             drift_KK = group.stats.drift_KK / group.stats.count
-            correction_KK = least_squares.teacher_correction(hessian_KK, drift_KK, self.ridge)
+            correction_KK = least_squares.teacher_correction(moments.hessian_KK, drift_KK, self.ridge)
         parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
         for (chosen, dtype), linears in together.items():
             for pieces in _batches(linears):
                 w_KN = np.concatenate([w_NK.T for _, w_NK in pieces], axis=1)
                 target_KN = w_KN if correction_KK is None else w_KN + correction_KK @ w_KN
-                steps_KN, grid = self._solve(target_KN, chosen, dtype, hessian_KK)
+                steps_KN, grid = self._solve(target_KN, chosen, dtype, moments)
                 start = 0
                 for linear, w_NK in pieces:
                     rows = slice(start, start + len(w_NK))
                     start = rows.stop
                     own = steps_KN[:, rows], grid.rows(rows)
-                    parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, hessian_KK))
+                    parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, moments))
         return [_joined(parts[id(linear)]) for linear in group.linears]
 
     def _solve(
-        self, target_KN: Floats, chosen: Format, dtype: np.dtype[Any], hessian_KK: Floats
+        self, target_KN: Floats, chosen: Format, dtype: np.dtype[Any], moments: least_squares.Moments
     ) -> tuple[Floats, least_squares.Grid]:
         """Signed steps and the grid they lie on, scales as they will be stored."""
         grid = fit_grid(
             target_KN,
-            hessian_KK.diagonal(),
+            moments.hessian_KK.diagonal(),
             bits=chosen.bits,
             block_size=chosen.block_size,
             symmetric=chosen.symmetric,
         )
         grid.scale_GN = stored_scale(grid.scale_GN, dtype)
-        steps_KN = least_squares.sweep(target_KN, hessian_KK, grid, damping=self.damping)
-        damped_KK = least_squares.damped(hessian_KK, self.damping)
+        steps_KN = least_squares.sweep(target_KN, moments, grid)
         for _ in range(self.rounds):
-            least_squares.descend(steps_KN, target_KN, damped_KK, grid)
-            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, damped_KK, grid), dtype)
+            least_squares.descend(steps_KN, target_KN, moments, grid)
+            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype)
         if self.rounds:
-            least_squares.descend(steps_KN, target_KN, damped_KK, grid)
+            least_squares.descend(steps_KN, target_KN, moments, grid)
         return steps_KN, grid
 
 
@@ -168,7 +167,7 @@ def _coded(
     grid: least_squares.Grid,
     chosen: Format,
     dtype: np.dtype[Any],
-    hessian_KK: Floats,
+    moments: least_squares.Moments,
 ) -> Coded:
     """Codes in the layout of ONNX Runtime, and how far they are from the weights."""
     columns, rows = steps_KN.shape
@@ -184,8 +183,8 @@ def _coded(
     matrix = CodedMatrix(np.ascontiguousarray(packed), scale_NG, zero, columns, chosen.bits, b)
     error_KN = steps_KN * grid.spread(grid.scale_GN, columns) - w_NK.T
     facts = {
-        "error": least_squares.quadratic(error_KN, hessian_KK),
-        "energy": least_squares.quadratic(w_NK.T, hessian_KK),
+        "error": least_squares.quadratic(error_KN, moments.plain_KK),
+        "energy": least_squares.quadratic(w_NK.T, moments.plain_KK),
     }
     return Coded(matrix, float(np.vdot(error_KN, error_KN)), float(np.vdot(w_NK, w_NK)), facts)
 
@@ -204,9 +203,11 @@ def _record(done: list[Coded]) -> dict[str, Any]:
 
 def _read(record: dict[str, Any], index: int) -> Coded:
     num_in, bits, block_size = (int(number) for number in record[f"{index}.sizes"])
-    arrays = (record.get(f"{index}.{name}") for name in ("codes", "scale", "zero"))
+    codes, scale, zero = (record.get(f"{index}.{name}") for name in ("codes", "scale", "zero"))
+    assert codes is not None
+    assert scale is not None
     loss, norm, error = (float(number) for number in record[f"{index}.numbers"])
-    return Coded(CodedMatrix(*arrays, num_in, bits, block_size), loss, norm, {"output_error": error})
+    return Coded(CodedMatrix(codes, scale, zero, num_in, bits, block_size), loss, norm, {"output_error": error})
 
 
 def _joined(parts: list[Coded]) -> Coded:

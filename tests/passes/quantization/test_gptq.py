@@ -20,7 +20,7 @@ from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import fit_grid
-from onnxpress.passes.quantization._least_squares import Grid
+from onnxpress.passes.quantization._least_squares import Grid, Moments
 from onnxpress.passes.quantization._weight_only import Coded, Site
 from onnxpress.passes.quantization.gptq import Gptq
 
@@ -45,7 +45,8 @@ def nearest(w_KN: Array, grid: Grid) -> Array:
 
 
 def loss(steps_KN: Array, w_KN: Array, hessian_KK: Array, grid: Grid) -> float:
-    return least_squares.quadratic(steps_KN * grid.spread(grid.scale_GN, len(w_KN)) - w_KN, hessian_KK)
+    off_KN = steps_KN * grid.spread(grid.scale_GN, len(w_KN)) - w_KN
+    return least_squares.quadratic(off_KN, hessian_KK.astype(np.float32))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -54,7 +55,7 @@ def test_law_a_sweep_gains_much_on_features_that_go_together(bits: int, symmetri
     w_KN, hessian_KK = problem()
     grid = grid_of(w_KN, hessian_KK, bits, symmetric=symmetric)
     before = loss(nearest(w_KN, grid), w_KN, hessian_KK, grid)
-    after = loss(least_squares.sweep(w_KN, hessian_KK, grid, damping=0.01), w_KN, hessian_KK, grid)
+    after = loss(least_squares.sweep(w_KN, Moments(hessian_KK, 0.01), grid), w_KN, hessian_KK, grid)
     assert after <= 0.35 * before
 
 
@@ -62,17 +63,17 @@ def test_law_features_apart_are_rounded_to_the_nearest() -> None:
     w_KN, hessian_KK = problem()
     apart_KK = np.diag(hessian_KK.diagonal())
     grid = grid_of(w_KN, apart_KK)
-    np.testing.assert_array_equal(least_squares.sweep(w_KN, apart_KK, grid, damping=0.01), nearest(w_KN, grid))
+    np.testing.assert_array_equal(least_squares.sweep(w_KN, Moments(apart_KK, 0.01), grid), nearest(w_KN, grid))
 
 
 @pytest.mark.parametrize("width", [1, 7, 64])
 def test_law_the_internal_width_does_not_matter(width: int) -> None:
     w_KN, hessian_KK = problem(seed=1)
     grid = grid_of(w_KN, hessian_KK)
-    swept = [least_squares.sweep(w_KN, hessian_KK, grid, damping=0.01, width=one) for one in (32, width)]
+    swept = [least_squares.sweep(w_KN, Moments(hessian_KK, 0.01), grid, width=one) for one in (32, width)]
     np.testing.assert_array_equal(*swept)
     for steps, one in zip(swept, (32, width), strict=True):
-        least_squares.descend(steps, w_KN, hessian_KK, grid, width=one)
+        least_squares.descend(steps, w_KN, Moments(hessian_KK, 1e-9), grid, width=one)
     np.testing.assert_array_equal(*swept)
 
 
@@ -88,7 +89,7 @@ def test_law_a_sweep_is_gptq() -> None:
         steps[column] = grid.step(work[j], int(column))
         error = (work[j] - steps[column] * grid.scale_GN[column // 16]) / upper[j, j]
         work[j + 1 :] -= upper[j, j + 1 :, None] * error
-    np.testing.assert_array_equal(least_squares.sweep(w_KN, hessian_KK, grid, damping=0.01), steps)
+    np.testing.assert_array_equal(least_squares.sweep(w_KN, Moments(hessian_KK, 0.01), grid), steps)
 
 
 def test_law_descent_never_loses_and_ends_where_no_code_alone_gains() -> None:
@@ -96,7 +97,7 @@ def test_law_descent_never_loses_and_ends_where_no_code_alone_gains() -> None:
     grid = grid_of(w_KN, hessian_KK, symmetric=False)
     steps_KN = nearest(w_KN, grid)
     losses = [loss(steps_KN, w_KN, hessian_KK, grid)]
-    while least_squares.descend(steps_KN, w_KN, hessian_KK, grid):
+    while least_squares.descend(steps_KN, w_KN, Moments(hessian_KK, 1e-9), grid):
         losses.append(loss(steps_KN, w_KN, hessian_KK, grid))
         assert len(losses) < 100
     assert losses == sorted(losses, reverse=True)
@@ -112,9 +113,9 @@ def test_law_descent_never_loses_and_ends_where_no_code_alone_gains() -> None:
 def test_law_refitted_scales_never_lose_and_are_stationary() -> None:
     w_KN, hessian_KK = problem(seed=3)
     grid = grid_of(w_KN, hessian_KK, bits=2, symmetric=False)
-    steps_KN = least_squares.sweep(w_KN, hessian_KK, grid, damping=0.01)
+    steps_KN = least_squares.sweep(w_KN, Moments(hessian_KK, 0.01), grid)
     before = loss(steps_KN, w_KN, hessian_KK, grid)
-    grid.scale_GN = least_squares.refit(steps_KN, w_KN, hessian_KK, grid)
+    grid.scale_GN = least_squares.refit(steps_KN, w_KN, Moments(hessian_KK, 1e-9), grid)
     after = loss(steps_KN, w_KN, hessian_KK, grid)
     assert after < 0.99 * before
     for factor in (0.999, 1.001):
@@ -127,7 +128,7 @@ def test_refit_keeps_the_scale_of_a_block_without_steps() -> None:
     grid = grid_of(w_KN, hessian_KK)
     steps_KN = nearest(w_KN, grid)
     steps_KN[16:32, 5] = 0
-    scales = least_squares.refit(steps_KN, w_KN, hessian_KK, grid)
+    scales = least_squares.refit(steps_KN, w_KN, Moments(hessian_KK, 1e-9), grid)
     assert scales[1, 5] == pytest.approx(grid.scale_GN[1, 5])
     assert np.isfinite(scales).all()
 
@@ -149,7 +150,7 @@ def test_dead_features_and_broken_moments() -> None:
     w_KN, hessian_KK = problem()
     hessian_KK[:, 3] = hessian_KK[3] = 0
     grid = grid_of(w_KN, hessian_KK)
-    steps_KN = least_squares.sweep(w_KN, hessian_KK, grid, damping=0.01)
+    steps_KN = least_squares.sweep(w_KN, Moments(hessian_KK, 0.01), grid)
     np.testing.assert_array_equal(steps_KN[3], grid.step(w_KN[3], 3))
     with pytest.raises(NumericalError, match="not positive semidefinite"):
         least_squares.factor(-np.eye(4) * 1e6 + np.ones((4, 4)), 0.01)
