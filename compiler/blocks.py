@@ -170,7 +170,7 @@ def _chain(parents: dict[int, int], end: int) -> list[int]:
 
 
 def _is_residual(node: ir.Node, parents: dict[int, int]) -> bool:
-    if node.op_type not in ("Add", *_SKIP_NORMS) or parents[id(node)] == _ROOT:
+    if node.op_type not in ("Add", "Sum", *_SKIP_NORMS) or parents[id(node)] == _ROOT:
         return False
     sources = [value.producer() if value is not None else None for value in node.inputs[:2]]
     joined = [source for source in sources if source is not None and id(source) in parents]

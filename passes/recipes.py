@@ -37,7 +37,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseEncoderAttention(),
         Unflatten(),
         SplitProjections(),
-        FuseSkipNorm(),
+        FuseSkipNorm(layer_norm="sum" if target.provider == "cpu" else "skip"),
         FuseSwiglu(),
         FuseGelu(),
         Simplify(),

@@ -7,7 +7,7 @@ addition reads. ONNX Runtime does not make this fusion at load for any form of R
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -24,9 +24,13 @@ _FAR = 1000  # values between a residual and what is added to it; a block of an 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseSkipNorm(Pass):
-    """Residual addition and norm (RMSNorm or LayerNorm) in one operator."""
+    """Residual addition and norm (RMSNorm or LayerNorm) in one operator, or in the two that are faster."""
 
     promise: ClassVar[Promise] = Promise.CLOSE
+
+    # What becomes of a residual with a LayerNorm: "skip" is one operator, "sum" two, which take a third of its time on
+    # the CPU. The addition is then written as Sum: ONNX Runtime would make the slow operator of an Add when it loads.
+    layer_norm: Literal["skip", "sum"] = "skip"
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -45,6 +49,15 @@ class FuseSkipNorm(Pass):
             # A norm over heads (rank 4) or over a stream of unknown rank has no fused form.
             if left.shape is None or right.shape is None or len(left.shape) != 3 or len(right.shape) != 3:
                 report.skip(site, "the operands are not both of rank 3")
+                continue
+            if norm.op_type == "LayerNormalization" and self.layer_norm == "sum":
+                total = ir.Node("", "Sum", [left, right], name=f"{norm.outputs[0].name}/residual")
+                reason = fuser.verdict([left, right], [add.outputs[0]], [total.outputs[0]])
+                if reason is not None:
+                    discard([total])
+                    report.skip(site, reason)
+                    continue
+                fuser.replace(site, [add.outputs[0]], [total.outputs[0]], [total])
                 continue
             try:
                 left, right = _in_order(left, right)

@@ -37,7 +37,7 @@ LARGEST = {HALF: 65504.0, BFLOAT: float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 _SAMPLE = 1 << 16  # weights per tensor on which the rounding error is measured
 
 _STATISTICS = ("Pow", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log")
-_ELEMENTWISE = (*_STATISTICS, "Add", "Sub", "Mul", "Div", "Neg")
+_ELEMENTWISE = (*_STATISTICS, "Add", "Sum", "Sub", "Mul", "Div", "Neg")
 # Operators whose inputs must be float32 whatever the rest is, and single inputs (by index) of which that holds.
 _FLOAT32_ONLY = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "Multinomial")
 _FLOAT32_INPUTS: dict[str, tuple[int, ...]] = {"Resize": (1, 2), "GroupQueryAttention": (12, 13)}

@@ -31,7 +31,7 @@ DEEPER = ("falcon", "gemma2", "gemma3", "gpt2", "llama", "smollm3")  # layers di
 OTHER_OPSETS = ["bloom", "falcon", "gemma3", "gpt_neox", "llama", "opt", "phi4", "smollm3"]
 # What may stand between a projection and its attention without being a chain that moves data about.
 _FUSED = ("GroupQueryAttention", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
-_FUSED += ("LayerNormalization", "SkipLayerNormalization", "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding")
+_FUSED += ("LayerNormalization", "Sum", "Gelu", "FastGelu", "QuickGelu", "RotaryEmbedding")
 _STRAY = ("Transpose", "Expand", "Concat", "Gather", "Slice")
 TOLERANCE = 1e-4  # of the largest logit
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import check
 import graphs
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
+from onnxpress.compiler.blocks import find_blocks
 from onnxpress.compiler.pass_ import Context
 from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
 from onnxpress.passes.fusion.fuse_skip_norm import FuseSkipNorm
@@ -59,17 +62,42 @@ def test_an_added_constant_is_no_residual() -> None:
     assert report.reasons() == {"a constant is added, not a residual": 1}
 
 
-def test_layer_norm_with_its_bias() -> None:
+def layer_normed(*, post_norm: bool = False) -> ir.Model:
     builder = graphs.Builder(32, 96, 0)
     table = builder.weight(96, 32)
     x = builder.op("Gather", table, builder.ids, width=32, axis=0)
     total = builder.op("Add", x, builder.step("linear", x, x), width=32)
     norm = builder.op("LayerNormalization", total, builder.weight(32), builder.weight(32), width=32, epsilon=1e-3)
-    last = builder.op("Add", builder.step("linear", norm, norm), total, width=32)
-    model = builder.finish(last, False, table)
+    last = builder.op("Add", builder.step("linear", norm, norm), norm if post_norm else total, width=32)
+    return builder.finish(last, False, table)
+
+
+def test_layer_norm_with_its_bias() -> None:
+    model = layer_normed()
     before = graphs.run(model)
     assert fuse(model)["SkipLayerNormalization"] == 1
     check.close(before["logits"], graphs.run(model)["logits"])
+
+
+def test_layer_norm_apart_stays_apart_when_the_model_is_loaded(tmp_path: Path) -> None:
+    model = layer_normed(post_norm=True)
+    before, blocks = graphs.run(model), len(find_blocks(model))
+    report = FuseSkipNorm(layer_norm="sum").run(model, Context())
+    assert len(report.changed) == 1
+    assert np.array_equal(before["logits"], graphs.run(model)["logits"])
+    assert len(find_blocks(model)) == blocks > 0, "a Sum is a residual too"
+    assert not FuseSkipNorm(layer_norm="sum").run(model, Context()).changed
+    kept, undone = loaded_operators(model, tmp_path), loaded_operators(layer_normed(post_norm=True), tmp_path)
+    assert (kept["Sum"], kept["LayerNormalization"], kept["SkipLayerNormalization"]) == (1, 1, 0)
+    assert undone["SkipLayerNormalization"] == 1, "ONNX Runtime leaves an Add alone too: the Sum has lost its reason"
+
+
+def loaded_operators(model: ir.Model, folder: Path) -> Counter[str]:
+    """What ONNX Runtime makes of the graph at its highest level."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in ir.load(folder / "optimized.onnx").graph)
 
 
 @pytest.mark.parametrize(
