@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
+_CHOOSING = ("NonZero", "Compress", "Unique")
 _INLINE = 1024  # bytes up to which a constant is part of a stage's graph
 
 
@@ -112,7 +113,7 @@ class Calibration:
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self._replacements: dict[int, Array] = {}
         self._digest = _digest_of(windows)
-        self._num_tokens = 0  # of a window
+        self._chosen = _chosen(model.graph)
 
     def __enter__(self) -> Calibration:
         return self
@@ -151,7 +152,7 @@ class Calibration:
         sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
         self._digest = self.digest(stage)
         session = self._session(stage) if stage.nodes else None
-        stats, is_aligned = Stats(stage.linears[0].num_in), True
+        stats, is_aligned, is_chosen = Stats(stage.linears[0].num_in), True, id(activation) in self._chosen
         for number in range(self._num_windows):
             if session is not None:
                 for which, sink in enumerate(sinks):
@@ -162,8 +163,7 @@ class Calibration:
             teacher = streams.read(activation, number, compressed=False)
             compressed = streams.read(activation, number, compressed=True)
             rows = {teacher.size // stats.num_in, compressed.size // stats.num_in}
-            self._num_tokens = self._num_tokens or teacher.size // stats.num_in
-            is_aligned &= rows == {self._num_tokens}
+            is_aligned &= len(rows) == 1 and not is_chosen
             stats.update(compressed, teacher if is_aligned and streams.differ(activation) else None)
         if not is_aligned:
             # A router sends an expert other tokens once the model is compressed: rows of the streams do not correspond.
@@ -271,10 +271,12 @@ def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
         stages.append(Stage(group, nodes, *_operands(nodes, replaceable)))
     # Backwards: a value lives from the stage that makes it to the last one that reads it.
     read_later: dict[int, int] = {}
+    activations = {id(stage.linears[0].activation) for stage in stages}
     for number, stage in reversed(list(enumerate(stages))):
         activation = stage.linears[0].activation
         made = [value for node in stage.nodes for value in node.outputs]
-        stage.outputs = [value for value in made if id(value) in read_later or value is activation]
+        # Two stages may have activations of one node, of which the second is read by no other stage.
+        stage.outputs = [value for value in made if id(value) in read_later or id(value) in activations]
         last_read = [value for value in stage.inputs if id(value) not in read_later]
         last_read += [activation] if id(activation) not in read_later else []
         # The activation itself is read while the stage runs, and by the next stages at most.
@@ -316,6 +318,18 @@ def _operands(nodes: Sequence[ir.Node], replaceable: set[int]) -> tuple[list[ir.
             elif value.const_value.nbytes > _INLINE or id(value) in replaceable:
                 weights[id(value)] = value
     return list(inputs.values()), list(weights.values())
+
+
+def _chosen(graph: ir.Graph) -> set[int]:
+    """Values of which the data decides how many rows they have: an expert's share of the tokens, for one."""
+    found: set[int] = set()
+    for node in graph:
+        if node.op_type in _CHOOSING or (
+            # Rows that are put back into a value of all tokens are no choice any more.
+            not node.op_type.startswith("Scatter") and any(id(value) in found for value in node.inputs)
+        ):
+            found |= {id(value) for value in node.outputs}
+    return found
 
 
 def _digest_of(windows: Sequence[Feeds]) -> str:

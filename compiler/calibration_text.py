@@ -33,6 +33,7 @@ class CalibrationText:
         vocab_size: ids stay below it.
         max_length: tokens that the model takes at once, None when that is not known.
         seed: of random ids.
+        held_out: tokens at the beginning of a text that are left for measuring the loss, if it has twice as many.
     """
 
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class CalibrationText:
     vocab_size: int = 2
     max_length: int | None = None
     seed: int = 0
+    held_out: int = 0
 
     def windows(self, num_tokens: int, length: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
         """Token ids [W, S] with about `num_tokens` in all, spread evenly over every text, and facts for the card.
@@ -74,7 +76,7 @@ class CalibrationText:
         found = found[found < self.vocab_size]
         if len(found) < 2:
             raise CalibrationError(f"{name}: expected text, found {len(found)} tokens", hint="give a few pages of text")
-        return found
+        return found[self.held_out :] if len(found) > 2 * self.held_out else found
 
     def _facts(self, ids: npt.NDArray[np.int64], about: str) -> dict[str, Any]:
         return {"text": about, "windows": list(ids.shape), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}

@@ -7,13 +7,14 @@ count. The journal is a convenience: when its folder cannot be written, work goe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +65,30 @@ class Section:
             os.replace(draft, self._folder / f"{unit}.npz")
         except OSError as error:
             logger.warning("the journal cannot be written (%s): a run that is killed will begin anew", error)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             self._folder = None
 
 
 class Journal:
-    """All sections below one folder."""
+    """All sections below one folder, which is looked at when a section is asked for."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        """Opens the journal at `root`; without one nothing is kept."""
+    def __init__(self, root: Path | Callable[[], Path] | None = None) -> None:
+        """Opens the journal at `root`, or where `root` says when it is needed; without one nothing is kept."""
         self._root = root
         self._used: list[Path] = []
-        if root is not None and root.is_dir():
-            limit = time.time() - _KEPT_SECONDS
-            for old in root.iterdir():
-                if old.stat().st_mtime < limit:
-                    shutil.rmtree(old, ignore_errors=True)
 
     def section(self, *identity: str) -> Section:
         """The section of the work that `identity` describes."""
         if self._root is None:
             return Section()
-        folder = self._root / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
+        try:
+            root = self._root() if callable(self._root) else self._root
+            _remove_old(root)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+            logger.warning("there is no journal (%s): a run that is killed will begin anew", error)
+            return Section()
+        folder = root / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:24]
         self._used.append(folder)
         return Section(folder)
 
@@ -94,3 +97,14 @@ class Journal:
         for folder in self._used:
             shutil.rmtree(folder, ignore_errors=True)
         self._used.clear()
+
+
+def _remove_old(root: Path) -> None:
+    limit = time.time() - _KEPT_SECONDS
+    for old in root.iterdir() if root.is_dir() else ():
+        try:
+            is_old = old.stat().st_mtime < limit
+        except OSError:  # another run has just removed it
+            continue
+        if is_old:
+            shutil.rmtree(old, ignore_errors=True)

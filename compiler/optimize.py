@@ -92,7 +92,7 @@ def optimize(
     """
     chosen_target = find_target(target)
     pipeline = _pipeline(recipe, passes, chosen_target)
-    journal = Journal(zoo.cache_dir() / "journal")
+    journal = Journal(lambda: zoo.cache_dir() / "journal")
     context = Context(target=chosen_target, seed=seed, text=_read(calibration), journal=journal)
     if track is not None:
         context.track = track
@@ -116,6 +116,7 @@ def optimize(
             vocab_size=_vocab_size(source),
             max_length=context_length(source.config),
             seed=seed,
+            held_out=_VERIFIED_TOKENS,
         )
         before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
         meter = _meter(source, pipeline, context, stage, verify) if measure else None

@@ -11,30 +11,32 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import packing
+from onnxpress.compiler import calibration, packing
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.quantization import _grids, _rounding
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import Floats, fit_grid
 from onnxpress.passes.quantization._rounding import pack_columns, stored_scale
 from onnxpress.passes.quantization._weight_only import Coded, Format, Site, WeightOnly, rounded
 
 _ROWS = 4096  # rows of a matrix that are worked on at a time: bounds memory for a head
-# What may change a last bit, and with it a code: results of other versions are not resumed.
-_VERSIONS = (f"onnxruntime {ort.__version__}", f"numpy {np.__version__}", f"{os.cpu_count()} cores")
+_TOKENS_PER_FEATURE = 5  # from which on the damping is what was asked for
 _FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
 
 
@@ -71,7 +73,7 @@ class Gptq(WeightOnly):
         if wanted:
             ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
             windows = feeds(model.graph, ids_WS, context.seed)
-            section = context.journal.section(str(self), context.target.name, *_VERSIONS)
+            section = context.journal.section(str(self), context.target.name, _identity())
             with Calibration(model, windows, wanted, context.work_dir) as run:
                 for number, stage in enumerate(context.track(run.stages, self.name())):
                     digest = run.digest(stage)
@@ -79,7 +81,7 @@ class Gptq(WeightOnly):
                     group = run.observe(stage, with_stats=record is None)
                     if record is not None:
                         done = [_read(record, index) for index, _ in enumerate(group.linears)]
-                    elif np.isfinite(group.stats.gram_KK).all():
+                    elif _is_finite(group):
                         done = self._fit(group, site_of)
                         section.write(str(number), digest, _record(done))
                     else:
@@ -104,11 +106,14 @@ class Gptq(WeightOnly):
         for linear in group.linears:
             site = site_of[id(linear)]
             together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
-        moments = least_squares.Moments(group.stats.hessian_KK, self.damping)
+        # Few tokens (an expert that is seldom chosen) say little about how features go together: the more damping, the
+        # more the fit becomes rounding by importance.
+        scarcity = max(1.0, _TOKENS_PER_FEATURE * group.stats.num_in / max(group.stats.count, 1))
+        moments = least_squares.Moments(group.stats.hessian_KK, self.damping * scarcity)
         correction_KK = None
         if self.teacher and group.stats.drift_KK is not None:
             drift_KK = group.stats.drift_KK / group.stats.count
-            correction_KK = least_squares.teacher_correction(moments.hessian_KK, drift_KK, self.ridge)
+            correction_KK = least_squares.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
         parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
         for (chosen, dtype), linears in together.items():
             for pieces in _batches(linears):
@@ -142,6 +147,19 @@ class Gptq(WeightOnly):
         if self.rounds:
             least_squares.descend(steps_KN, target_KN, moments, grid)
         return steps_KN, grid
+
+
+def _identity() -> str:
+    """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
+    sources = [__file__, *(module.__file__ for module in (calibration, least_squares, _grids, _rounding))]
+    digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
+    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {os.cpu_count()} cores"
+
+
+def _is_finite(group: Group) -> bool:
+    """Whether both streams gave finite activations."""
+    drift_KK = group.stats.drift_KK
+    return bool(np.isfinite(group.stats.gram_KK).all() and (drift_KK is None or np.isfinite(drift_KK).all()))
 
 
 def _batches(linears: list[Linear]) -> Iterator[list[tuple[Linear, Floats]]]:

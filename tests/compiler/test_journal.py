@@ -53,7 +53,7 @@ def test_what_nobody_came_back_for_is_removed(tmp_path: Path) -> None:
     folder = min((one.parent for one in tmp_path.rglob("0.npz")), key=lambda one: one.stat().st_ctime_ns)
     past = time.time() - 8 * 24 * 3600
     os.utime(folder, (past, past))
-    Journal(tmp_path)
+    Journal(tmp_path).section("any")
     assert section.read("0", "digest") is None
     assert Journal(tmp_path).section("new").read("0", "digest") is not None
 
@@ -66,3 +66,13 @@ def test_work_goes_on_without_a_folder(tmp_path: Path, caplog: pytest.LogCapture
     assert len(caplog.records) == 1
     assert section.read("0", "digest") is None
     Journal().section("work").write("0", "digest", UNIT)
+
+
+def test_there_need_be_no_home_directory(caplog: pytest.LogCaptureFixture) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    journal = Journal(nowhere)
+    assert not caplog.records
+    journal.section("work").write("0", "digest", UNIT)
+    assert len(caplog.records) == 1

@@ -170,7 +170,7 @@ def test_law_a_grid_never_loses_to_the_plain_range(bits: int, symmetric: bool) -
     assert largest < np.abs(w_KN).max()
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=["llama", "gpt2", "mixtral"])
 def fused(request: pytest.FixtureRequest, tiny_export: Callable[..., Path], tmp_path: Path) -> ir.Model:
     source = models.load(tiny_export(request.param), work_dir=tmp_path)
     pipeline.run(source.model, pipeline.parse("fuse"), Context(config=source.config))
@@ -189,6 +189,7 @@ def squared_error(model: ir.Model, passes: str, want: Array) -> float:
     return float(((logits(model) - want) ** 2).mean())
 
 
+@pytest.mark.parametrize("fused", ["llama", "gpt2"], indirect=True)  # a router that flips hides what a fit gains
 def test_outputs_on_other_tokens_are_nearer_than_those_of_rounding(fused: ir.Model) -> None:
     want, options = logits(fused), "bits=4, accuracy_level=0, exclude=('head', 'embedding')"
     rounded = squared_error(fused.clone(), f"rtn({options})", want)
