@@ -137,6 +137,8 @@ def _after_attention(one: Linear) -> bool:
             return False
         if node.op_type in _ATTENTION:
             return True
+        if node.op_type in ("Gemm", "MatMulNBits"):
+            return False  # another linear lies between
         if node.op_type == "MatMul":
             left = node.inputs[0].producer() if node.inputs[0] is not None else None
             while left is not None and left.op_type in ("Cast", "Where", "Dropout", "Identity"):
