@@ -30,7 +30,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler.errors import PreconditionError
+from onnxpress.compiler.errors import CalibrationError, UnsupportedModelError
 from onnxpress.compiler.linears import Float2D, Linear
 from onnxpress.compiler.pass_ import subgraphs
 from onnxpress.compiler.region import build_model, first_line
@@ -103,7 +103,7 @@ class Calibration:
             work_dir: where values between stages are kept; the system's temporary folder by default.
 
         Raises:
-            PreconditionError: a graph inside a node is in the way.
+            UnsupportedModelError: a graph inside a node is in the way.
         """
         self.stages = _stages(model, linears)
         self._opset = model.graph.opset_imports.get("", 18)
@@ -113,6 +113,7 @@ class Calibration:
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self._replacements: dict[int, Array] = {}
         self._digest = _digest_of(windows)
+        self._prepared: tuple[Stage, bytes, str] | None = None  # graph and digest of the next stage
         self._chosen = _chosen(model.graph)
 
     def __enter__(self) -> Calibration:
@@ -123,14 +124,24 @@ class Calibration:
 
     def digest(self, stage: Stage) -> str:
         """Of the next of `stages`, all before it, and the windows: equal replacements then lead to equal stats."""
-        digest = hashlib.sha256(self._digest.encode())
-        digest.update(self._graph(stage))
-        for value in stage.weights:
-            digest.update(np.ascontiguousarray(_array(value)).data)
-        for linear in stage.linears:
-            digest.update(linear.name.encode())
-            digest.update(np.ascontiguousarray(_array(linear.weight)).data)
-        return digest.hexdigest()
+        return self._prepare(stage)[1]
+
+    def _prepare(self, stage: Stage) -> tuple[bytes, str]:
+        """Graph and digest of the next stage."""
+        if self._prepared is None or self._prepared[0] is not stage:
+            types = {id(value): self._streams.dtype(value) for value in stage.inputs}
+            inputs = [*stage.inputs, *stage.weights]
+            part = build_model(stage.nodes, inputs, stage.outputs, opset=self._opset, dtypes=types)
+            graph = bytes(ir.to_proto(part).SerializeToString(deterministic=True))
+            digest = hashlib.sha256(self._digest.encode())
+            digest.update(graph)
+            for value in stage.weights:
+                _add(digest, _array(value))
+            for linear in stage.linears:
+                digest.update(linear.name.encode())
+                _add(digest, _array(linear.weight))
+            self._prepared = stage, graph, digest.hexdigest()
+        return self._prepared[1:]
 
     def observe(self, stage: Stage, *, with_stats: bool = True) -> Group:
         """Runs the next of `stages`.
@@ -140,7 +151,7 @@ class Calibration:
             with_stats: whether anybody will look at them; without, only the streams advance.
 
         Raises:
-            PreconditionError: this part of the graph cannot be run by itself, or not on these windows.
+            CalibrationError: this part of the graph does not run on these windows.
         """
         streams, activation = self._streams, stage.linears[0].activation
         plain = [_array(value) for value in stage.weights]
@@ -150,8 +161,8 @@ class Calibration:
             replaced = [self._replacements.get(id(value)) for value in stage.weights]
             weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
         sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
-        self._digest = self.digest(stage)
-        session = self._session(stage) if stage.nodes else None
+        graph, self._digest = self._prepare(stage)
+        session = self._session(stage, graph) if stage.nodes else None
         stats, is_aligned, is_chosen = Stats(stage.linears[0].num_in), True, id(activation) in self._chosen
         for number in range(self._num_windows):
             if session is not None:
@@ -173,8 +184,7 @@ class Calibration:
         streams.drop(stage.dying)
         return Group(stage.linears, stats, self._replacements)
 
-    def _session(self, stage: Stage) -> ort.InferenceSession:
-        data = self._graph(stage)
+    def _session(self, stage: Stage, data: bytes) -> ort.InferenceSession:
         if data not in self._sessions:
             options = ort.SessionOptions()
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -184,10 +194,6 @@ class Calibration:
             except Exception as error:  # ORT has one exception type per C++ code
                 raise _cannot_run(stage, error) from error
         return self._sessions[data]
-
-    def _graph(self, stage: Stage) -> bytes:
-        part = build_model(stage.nodes, [*stage.inputs, *stage.weights], stage.outputs, opset=self._opset)
-        return bytes(ir.to_proto(part).SerializeToString(deterministic=True))
 
 
 class _Streams:
@@ -212,6 +218,9 @@ class _Streams:
             return stored.read(number)
         assert value.name is not None
         return self._windows[number][value.name]
+
+    def dtype(self, value: ir.Value) -> ir.DataType:
+        return ir.DataType.from_numpy(self.read(value, 0, compressed=False).dtype)
 
     def drop(self, values: Sequence[ir.Value]) -> None:
         for value in values:
@@ -295,7 +304,7 @@ def _ancestors(value: ir.Value, done: set[int]) -> list[ir.Node]:
         if node is None or id(node) in done or id(node) in found:
             continue
         if subgraphs(node):
-            raise PreconditionError(
+            raise UnsupportedModelError(
                 f"calibration: {node.op_type} {node.name!r} holds a graph of its own, which is not streamed",
                 hint="give the parts of a merged decoder one by one",
             )
@@ -337,8 +346,13 @@ def _digest_of(windows: Sequence[Feeds]) -> str:
     for window in windows:
         for name in sorted(window):
             digest.update(f"{name}{window[name].dtype}{window[name].shape}".encode())
-            digest.update(np.ascontiguousarray(window[name]).data)
+            _add(digest, window[name])
     return digest.hexdigest()
+
+
+def _add(digest: Any, array: Array) -> None:
+    """The bytes of an array, whatever its type (numpy hands out no buffer of some)."""
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _array(value: ir.Value) -> Array:
@@ -353,8 +367,8 @@ def _call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) 
         raise _cannot_run(stage, error) from error
 
 
-def _cannot_run(stage: Stage, error: Exception) -> PreconditionError:
-    return PreconditionError(
-        f"calibration: what leads to {stage.linears[0].name} does not run by itself: {first_line(error)}",
-        hint="give a model whose types and shapes are known, or another calibration text",
+def _cannot_run(stage: Stage, error: Exception) -> CalibrationError:
+    return CalibrationError(
+        f"calibration: what leads to {stage.linears[0].name} does not run on windows of text: {first_line(error)}",
+        hint="does the model take fewer tokens at once? try a smaller length=",
     )

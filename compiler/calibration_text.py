@@ -6,7 +6,8 @@ Axes: W windows, S tokens of a window
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from onnxpress.compiler.errors import CalibrationError
 from onnxpress.compiler.sample_text import TOPICS, default_text
 
 Array = npt.NDArray[Any]
-
-_CHARACTERS = 12  # a token is rarely longer
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,11 @@ class CalibrationText:
     max_length: int | None = None
     seed: int = 0
     held_out: int = 0
+
+    @property
+    def text(self) -> str:
+        """All texts, "" for the default."""
+        return "\n\n".join(self.texts.values())
 
     def windows(self, num_tokens: int, length: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
         """Token ids [W, S] with about `num_tokens` in all, spread evenly over every text, and facts for the card.
@@ -65,9 +69,11 @@ class CalibrationText:
         texts = dict(self.texts) or {TOPICS: default_text()}
         streams = {name: self._tokens(tokenizer, name, text) for name, text in texts.items()}
         length = min(length, *(len(stream) for stream in streams.values()))
+        count = max(1, num_tokens // length)
         # Each text gives the same number of windows, in turn, so that a prefix of the windows is a mixture too.
         shares = [_spread(stream, length, -(-count // len(streams))) for stream in streams.values()]
-        ids = np.concatenate([window for turn in zip(*shares, strict=False) for window in turn])
+        turns = itertools.zip_longest(*shares)
+        ids = np.concatenate([window for turn in turns for window in turn if window is not None])
         ids = ids.reshape(-1, length)[:count]
         return ids, self._facts(ids, f"{ids.size} tokens of {', '.join(streams)}")
 
@@ -89,14 +95,15 @@ def _spread(stream: npt.NDArray[np.int64], length: int, count: int) -> list[npt.
     return [stream[place * length : (place + 1) * length] for place in places]
 
 
-def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64], seed: int = 0) -> list[dict[str, Array]]:
-    """Inputs of a model for each window: text models get token ids, an empty cache, and no padding; floats of any other
-    model are random normal numbers.
+def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64]) -> list[dict[str, Array]]:
+    """Inputs of a text model for each window: token ids, an empty cache, no padding.
 
     Args:
         graph: its inputs are looked at.
         ids_WS: token ids.
-        seed: of random numbers.
+
+    Raises:
+        CalibrationError: it reads something else than text.
     """
     length = ids_WS.shape[1]
     known = {
@@ -104,31 +111,23 @@ def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64], seed: int = 0) -> list
         "position_ids": np.arange(length)[None],
         "token_type_ids": np.zeros((1, length), np.int64),
     }
-    result = []
-    for number, ids_S in enumerate(ids_WS):
-        window: dict[str, Array] = {}
-        for value in graph.inputs:
-            name = value.name or ""
-            if name in graph.initializers:
-                continue  # has a default
-            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-            if name == "input_ids":
-                window[name] = ids_S[None].astype(dtype)
-            elif name in known:
-                window[name] = known[name].astype(dtype)
-            elif "past" in name:
-                window[name] = np.zeros(_sizes(value, 0), dtype)
-            else:
-                rng = np.random.default_rng([seed, number])
-                numbers = rng.standard_normal(_sizes(value, length))
-                window[name] = (
-                    numbers.astype(dtype) if np.issubdtype(dtype, np.floating) else np.ones_like(numbers, dtype)
-                )
-        result.append(window)
-    return result
-
-
-def _sizes(value: ir.Value, unknown: int) -> Sequence[int]:
-    """A shape in which the first size is 1 and every other unknown one `unknown`."""
-    dims = [] if value.shape is None else list(value.shape)
-    return [dim if isinstance(dim, int) else 1 if axis == 0 else unknown for axis, dim in enumerate(dims)]
+    shared: dict[str, Array] = {}
+    for value in graph.inputs:
+        name = value.name or ""
+        if name in graph.initializers or name == "input_ids":
+            continue  # has a default, or differs from window to window
+        if name in known:
+            array: Array = known[name]
+        elif "past" in name and value.shape is not None and "encoder" not in str(value.shape):
+            sizes = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(value.shape)]
+            array = np.zeros(sizes)
+        else:
+            raise CalibrationError(
+                f"calibration: the model reads {name!r}, and calibration text gives token ids only",
+                hint="quantize it without data: rtn",
+            )
+        shared[name] = array.astype((value.dtype or ir.DataType.FLOAT).numpy())
+    ids_type = next((value.dtype for value in graph.inputs if value.name == "input_ids"), None)
+    if ids_type is None:
+        raise CalibrationError("calibration: the model reads no token ids", hint="quantize it without data: rtn")
+    return [{**shared, "input_ids": ids_S[None].astype(ids_type.numpy())} for ids_S in ids_WS]

@@ -24,6 +24,8 @@ KNOWN_TYPES = frozenset(
     )
 )
 _DEFAULT_CONTEXT = 2048  # when no config says how long a sequence may be
+# Families whose first position is the one behind the padding id.
+_POSITIONS_AFTER_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert")
 _LENGTH_KEYS = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"),
     "max_target_positions",  # of decoders that read an encoder
@@ -105,7 +107,10 @@ def _head_size(node: ir.Node, config: Mapping[str, Any]) -> int | None:
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Tokens that a model was made for, None when its `config.json` does not say."""
     text = config.get("text_config") or config
-    return next((text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int)), None)
+    length = next((text[key] for key in _LENGTH_KEYS if isinstance(text.get(key), int)), None)
+    if length is not None and text.get("model_type") in _POSITIONS_AFTER_PADDING:
+        length -= (text.get("pad_token_id") or 0) + 1  # rows of the table that no position reaches
+    return length
 
 
 def genai_config(

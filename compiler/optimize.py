@@ -93,7 +93,8 @@ def optimize(
     chosen_target = find_target(target)
     pipeline = _pipeline(recipe, passes, chosen_target)
     journal = Journal(lambda: zoo.cache_dir() / "journal")
-    context = Context(target=chosen_target, seed=seed, text=_read(calibration), journal=journal)
+    context = Context(target=chosen_target, seed=seed, journal=journal)
+    text = _read(calibration)
     if track is not None:
         context.track = track
     clock = _Clock()
@@ -111,7 +112,7 @@ def optimize(
             )
         context.config = dict(source.config)
         context.calibration = CalibrationText(
-            texts={str(calibration): context.text} if calibration is not None else {},
+            texts={str(calibration): text} if calibration is not None else {},
             tokenizer=source.files.get("tokenizer.json"),
             vocab_size=_vocab_size(source),
             max_length=context_length(source.config),
@@ -234,7 +235,12 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
         return LossMeter(passes, stage.work, about="random inputs", sizes=sizes)
     count = min(_VERIFIED_TOKENS if verify else _MEASURED_TOKENS, context_length(source.config) or _VERIFIED_TOKENS)
     sample = functools.partial(
-        sample_tokens, source.files, context.text, count=count, vocab_size=_vocab_size(source), seed=context.seed
+        sample_tokens,
+        source.files,
+        context.calibration.text,
+        count=count,
+        vocab_size=_vocab_size(source),
+        seed=context.seed,
     )
     return LossMeter(passes, stage.work, sample=sample, split=verify)
 

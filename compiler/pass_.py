@@ -114,8 +114,7 @@ class Context:
         seed: of everything random.
         track: `for item in context.track(items, "layers")` lets the CLI draw a progress bar; silent in the library.
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
-        text: calibration text, "" when the user gave none.
-        calibration: the same and what else is needed to stream text through the model.
+        calibration: text for passes that look at activations, and what turns it into tokens.
         journal: where long passes keep what they have finished; nowhere by default.
     """
 
@@ -124,7 +123,6 @@ class Context:
     seed: int = 0
     track: Tracker = _silent
     work_dir: Path | None = None
-    text: str = ""
     calibration: CalibrationText = field(default_factory=CalibrationText)
     journal: Journal = field(default_factory=Journal)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -144,15 +145,29 @@ def build_model(
     outputs: Sequence[ir.Value],
     constants: Sequence[ir.Value] = (),
     opset: int = 18,
+    dtypes: Mapping[int, ir.DataType] = MappingProxyType({}),
 ) -> ir.Model:
-    """A model of copies of `nodes`; inputs are called i0, i1, ..., outputs o0, o1, ... in the order given."""
+    """A model of copies of `nodes`; inputs are called i0, i1, ..., outputs o0, o1, ... in the order given.
+
+    Args:
+        nodes: in topological order.
+        inputs: what they read; of a weight the input gets type and shape, of any other value type and rank.
+        outputs: made by the nodes, or inputs.
+        constants: what else is read.
+        opset: of `ai.onnx`.
+        dtypes: of inputs, by id; where nothing is known an input is float.
+    """
     nodes = list(nodes)
     copies: dict[int, ir.Value] = {}
     graph_inputs = []
     for index, value in enumerate(inputs):
-        copy = ir.Value(name=f"i{index}", type=ir.TensorType(value.dtype or ir.DataType.FLOAT))
-        rank = None if value.shape is None else len(value.shape)
-        copy.shape = None if rank is None else ir.Shape([None] * rank)
+        weight = value.const_value
+        dtype = dtypes.get(id(value)) or (value.dtype if weight is None else weight.dtype) or ir.DataType.FLOAT
+        copy = ir.Value(name=f"i{index}", type=ir.TensorType(dtype))
+        if weight is not None:
+            copy.shape = ir.Shape(weight.shape.numpy())
+        elif value.shape is not None:
+            copy.shape = ir.Shape([None] * len(value.shape))
         copies[id(value)] = copy
         graph_inputs.append(copy)
     initializers = []

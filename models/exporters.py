@@ -202,7 +202,9 @@ def _encoder(model: Any, opset: int) -> ir.Model:
     if model.main_input_name == "input_ids":
         takes = inspect.signature(model.forward).parameters
         has_types = "token_type_ids" in takes and getattr(model.config, "type_vocab_size", 0) > 1
-        given = {"input_ids": torch.ones(2, 7, dtype=torch.long), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+        given = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
+        if "attention_mask" in takes:
+            given["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
         if has_types:
             given["token_type_ids"] = torch.zeros(2, 7, dtype=torch.long)
         sizes[1] = _NEW
@@ -383,5 +385,9 @@ def _widen_bfloat16(model: ir.Model) -> None:
         readers = list(result.uses())
         narrow = cast(result, ir.DataType.BFLOAT16)
         model.graph.insert_after(node, narrow)
+        if result.is_graph_output():
+            name, result.name = result.name, None
+            narrow.outputs[0].name = name
+            model.graph.outputs[model.graph.outputs.index(result)] = narrow.outputs[0]
         for reader, index in readers:
             reader.replace_input_with(index, narrow.outputs[0])

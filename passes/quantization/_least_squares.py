@@ -62,7 +62,7 @@ class Grid:
 
 
 def damped(hessian_KK: Floats, damping: float) -> Floats:
-    """H with `damping` times its mean diagonal added to the diagonal; features that are always 0 get 1."""
+    """H with `damping` times its mean diagonal added to the diagonal; features that are always 0 get the mean."""
     result = hessian_KK.copy()
     diagonal = result.diagonal().copy()
     dead = diagonal <= 0

@@ -26,6 +26,7 @@ import onnxruntime as ort
 from onnxpress.compiler import calibration, packing
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
@@ -70,9 +71,14 @@ class Gptq(WeightOnly):
         wanted = [linear for linear in linears if id(linear) in site_of]
         found: dict[int, Coded] = {}
         unfit: set[int] = set()
+        if any(site_of[id(linear)].dtype == ir.DataType.BFLOAT16 for linear in wanted):
+            raise UnsupportedModelError(
+                "text is streamed on the CPU, which has no kernels for bfloat16",
+                hint="use --target cuda (float16), or rtn",
+            )
         if wanted:
             ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
-            windows = feeds(model.graph, ids_WS, context.seed)
+            windows = feeds(model.graph, ids_WS)
             section = context.journal.section(str(self), context.target.name, _identity())
             with Calibration(model, windows, wanted, context.work_dir) as run:
                 for number, stage in enumerate(context.track(run.stages, self.name())):

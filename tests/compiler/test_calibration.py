@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration import Calibration, Stage
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
-from onnxpress.compiler.errors import CalibrationError, PreconditionError
+from onnxpress.compiler.errors import CalibrationError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, find_linears
 from onnxpress.compiler.pass_ import Context
 
@@ -128,7 +129,7 @@ def test_a_graph_inside_a_node_is_refused_by_name() -> None:
     pipeline.run(model, pipeline.parse("simplify"), Context())  # lifts the weights out of Constant nodes
     found = find_linears(model)
     assert found
-    with pytest.raises(PreconditionError, match="holds a graph of its own"):
+    with pytest.raises(UnsupportedModelError, match="holds a graph of its own"):
         Calibration(model, [], found)
 
 
@@ -138,7 +139,7 @@ def test_a_stage_that_does_not_run_is_named(decoder: ir.Model) -> None:
         window["input_ids"] = window["input_ids"] + 10_000
     with Calibration(decoder, inputs, find_linears(decoder)) as run:
         first: Stage = run.stages[0]
-        with pytest.raises(PreconditionError, match="does not run by itself"):
+        with pytest.raises(CalibrationError, match="does not run on windows of text"):
             run.observe(first)
 
 
@@ -174,3 +175,66 @@ def test_without_a_tokenizer_ids_are_random_and_said_so() -> None:
     assert ids.shape == (4, 16)
     assert ids.max() < 50
     assert "random" in facts["text"]
+
+
+def test_a_short_text_does_not_cost_the_long_one_its_windows(tiny_export: Callable[..., Path]) -> None:
+    tokenizer = tiny_export("llama") / "tokenizer.json"
+    short_window = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 25}, tokenizer=tokenizer, vocab_size=320)
+    assert short_window.windows(400, 100)[0].shape == (16 + 1 - 8, 25)  # half of 16 windows from each, b has one
+    few_windows = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 100}, tokenizer=tokenizer, vocab_size=320)
+    assert few_windows.windows(600, 100)[0].shape == (4, 100)
+
+
+def test_the_beginning_of_a_text_is_left_for_measuring(tiny_export: Callable[..., Path]) -> None:
+    text = CalibrationText(texts={"a": "a" * 50 + "b" * 950}, tokenizer=tiny_export("llama") / "tokenizer.json")
+    text = dataclasses.replace(text, vocab_size=320)
+    assert len(set(text.windows(1000, 50)[0].ravel())) == 2
+    assert len(set(dataclasses.replace(text, held_out=50).windows(1000, 50)[0].ravel())) == 1
+    assert len(set(dataclasses.replace(text, held_out=600).windows(1000, 50)[0].ravel())) == 2, "too short for that"
+
+
+@pytest.mark.parametrize("architecture", ["vit", "whisper"])
+def test_models_that_read_no_text_are_refused_before_anything_runs(architecture: str) -> None:
+    name = {"vit": "pixel_values", "whisper": "encoder_hidden_states"}[architecture]
+    value = ir.val(name, ir.DataType.FLOAT, ["batch", "channels", "height", "width"])
+    graph = ir.Graph([value], [], nodes=[])
+    with pytest.raises(CalibrationError, match=name):
+        feeds(graph, np.ones((1, 1024), np.int64))
+
+
+def test_an_early_linear_of_other_rows_costs_nobody_the_teacher() -> None:
+    """A linear reads a learned table of 5 rows before any token is seen."""
+    builder = graphs.Builder(32, 96, 0)
+    table = builder.weight(96, 32)
+    positions = builder.op("Identity", builder.weight(1, 5, 32), width=32)
+    early = builder.op("ReduceMean", builder.op("MatMul", positions, builder.weight(32, 32), width=32), width=32)
+    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
+    x = builder.op("Add", builder.step("linear", x, x), early, width=32)
+    model = builder.finish(builder.step("linear", x, x), False, table)
+    linears, drifts = find_linears(model), {}
+    inputs = feeds(model.graph, np.random.default_rng(3).integers(0, 96, (3, 12)))
+    with Calibration(model, inputs, linears) as run:
+        for stage in run.stages:
+            group = run.observe(stage)
+            for linear in group.linears:
+                drifts[linear.name] = group.stats.drift_KK is not None
+                group.replace(linear, linear.w_NK() * np.float32(1.01))
+    assert sum(drifts.values()) == len(linears) - 2, "the first two read what nobody has changed yet"
+
+
+def test_activations_without_a_declared_type_are_taken_as_they_are(
+    tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = models.load(tiny_export("llama"), work_dir=tmp_path).model
+    assert sum(value.dtype is None for node in model.graph for value in node.outputs) > 100
+    linears = find_linears(model)
+    with Calibration(model, windows(model), linears) as run:
+        assert sum(run.observe(stage).stats.count == 36 for stage in run.stages) == len(run.stages)
+
+
+def test_quantized_embeddings_with_zero_points_are_part_of_a_stage(decoder: ir.Model) -> None:
+    passes = "rtn(symmetric=False, exclude=('block*', 'head*'), overrides={'embedding': {'symmetric': False}})"
+    pipeline.run(decoder, pipeline.parse(passes), Context())
+    linears = [one for one in find_linears(decoder) if one.holder != "MatMulNBits"]
+    with Calibration(decoder, windows(decoder), linears) as run:
+        assert all(run.observe(stage).stats is not None for stage in run.stages)
