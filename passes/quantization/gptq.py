@@ -54,11 +54,11 @@ class Gptq(WeightOnly):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.tokens >= 1, "tokens", "positive")
-        self.check(self.length >= 1, "length", "positive")
+        self.check(self.tokens >= 1, "tokens", "positive", "16384 suits small models")
+        self.check(self.length >= 1, "length", "positive", "1024 suits most models")
         self.check(self.damping > 0, "damping", "positive", "0.01 suits most models")
         self.check(self.ridge > 0, "ridge", "positive", "0.05 suits most models")
-        self.check(self.rounds >= 0, "rounds", "0 or more")
+        self.check(self.rounds >= 0, "rounds", "0 or more", "2 suits most models")
 
     @classmethod
     def example(cls, model: ir.Model) -> Gptq:
