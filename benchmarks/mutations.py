@@ -179,8 +179,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("sum is an output", "len(add.outputs[0].uses()) > 1 or add.outputs[0].is_graph_output()", "len(add.outputs[0].uses()) > 1"),
         ("another operator of that name", "if norm.op_type not in _FUSED or norm.domain:", "if norm.op_type not in _FUSED:"),
         ("bias is read elsewhere", "or len(branch.uses()) != 1 or branch.is_graph_output():", "or branch.is_graph_output():"),
-        ("bias of any rank", "or len(bias.shape or ()) != 1 or product.shape", "or product.shape"),
-        ("bias that widens", "or product.shape != branch.shape:", "or False:"),
+        ("bias of any rank", "if len(bias.shape or ()) != 1 or product", "if product"),
+        ("bias that widens", "or product.shape != branch.shape:", ":"),
     ),
     f"{_FUSION}/fuse_swiglu.py": (
         ("alpha", 'ir.AttrFloat32("alpha", 1.0)', 'ir.AttrFloat32("alpha", 1.702)'),

@@ -252,12 +252,10 @@ def _stream_into(join: ir.Node, source: ir.Node) -> ir.Value:
 def _sum_output(join: ir.Node) -> ir.Value | None:
     """The output of a join that carries the sum, or that of the bias which is added behind the residual."""
     if join.op_type not in _SKIP_NORMS:
-        readers = join.outputs[0].consumers()
-        if len(readers) == 1 and readers[0].op_type == "Add" and not join.outputs[0].is_graph_output():
-            bias = readers[0].inputs[1 - join.outputs[0].uses()[0].idx]
-            if bias is not None and bias.const_value is not None:
-                return readers[0].outputs[0]
-        return join.outputs[0]
+        readers = [] if join.outputs[0].is_graph_output() else join.outputs[0].consumers()
+        is_bias = len(readers) == 1 and readers[0].op_type == "Add"
+        is_bias &= any(value is not None and value.const_value is not None for one in readers for value in one.inputs)
+        return readers[0].outputs[0] if is_bias else join.outputs[0]
     return join.outputs[3] if len(join.outputs) > 3 and join.outputs[3].name else None
 
 

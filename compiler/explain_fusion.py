@@ -84,12 +84,22 @@ def explain_fusion(model: ir.Model, context: Context) -> list[BlockFusion]:
 
 
 def unfused_layers(model: ir.Model) -> int:
-    """Layers of a decoder whose cache is appended to by something else than a fused attention operator."""
+    """Layers whose attention is still in its parts: a Softmax between two products, or a cache that is appended to by
+    something else than a fused operator."""
     if not any("past" in (value.name or "") for value in model.graph.inputs):
-        return 0  # the cache begins here: new keys are as the projections give them
+        return sum(node.op_type == "Softmax" and _is_multiplied(node.outputs[0]) for node in model.graph)
     keys = [value for value in model.graph.outputs if "present" in (value.name or "") and "key" in (value.name or "")]
     makers = [value.producer() for value in keys]
     return sum(maker is not None and maker.op_type not in _ATTENTION for maker in makers)
+
+
+def _is_multiplied(value: ir.Value) -> bool:
+    """Whether a product reads the value as it is, or cast or masked."""
+    return any(
+        reader.op_type == "MatMul"
+        or (reader.op_type in ("Cast", "Where", "Dropout", "Reshape", "Mul") and _is_multiplied(reader.outputs[0]))
+        for reader in value.consumers()
+    )
 
 
 def _block(index: int, sizes: list[int], after: list[Block]) -> BlockFusion:

@@ -214,6 +214,8 @@ def _random(name: str, value: Any, seed: int = 0, sizes: Mapping[str, int] | Non
     models that declare their inputs in another order."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     shape = _fill(value.shape, {}, None, {**_SIZES, **(sizes or {})})
+    if "token_type" in name:
+        return np.zeros(shape, _TYPES[value.type])  # two types, or one: no number that others may have
     if value.type not in _TYPES:
         raise ValueError(f"input {name!r} takes {value.type}, of which there are no random samples")
     dtype = _TYPES[value.type]

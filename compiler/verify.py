@@ -300,7 +300,7 @@ class Verifier:
         if self._path is None:
             self._path = snapshot(model, self.work_dir, "verify0")
             try:
-                self._outputs = self._run(self._path)
+                self._outputs = self._run(self._path, model)
             except Exception as error:  # ORT has one exception type per C++ code
                 raise UnsupportedModelError(
                     f"verify: the model does not run on sample inputs, even before any pass: {first_line(error)}",
@@ -319,7 +319,7 @@ class Verifier:
         self._count += 1
         path = snapshot(model, self.work_dir, f"verify{self._count}")
         try:
-            outputs = self._run(path)
+            outputs = self._run(path, model)
         except Exception as error:  # ORT has one exception type per C++ code
             if pass_.promise is not Promise.LOSSY:
                 raise
@@ -353,10 +353,13 @@ class Verifier:
             hint=f"compare before.onnx and after.onnx in {folder} (inputs: seed {self.seed}), and please report it",
         )
 
-    def _run(self, path: Path) -> Outputs:
+    def _run(self, path: Path, model: ir.Model) -> Outputs:
         # Where activations are rounded, the last bit of a sum can decide on a whole step.
         exact = write_with_exact_activations(path)
-        probe = Probe(exact or path, threads=1)
+        # ONNX Runtime packs constants only, and sums packed ones in another order: a weight that is transposed once
+        # and for all would seem to be another. Codes crawl without, and nothing folds them.
+        prepacked = any(node.op_type == "MatMulNBits" for node in model.graph)
+        probe = Probe(exact or path, threads=1, prepacked=prepacked)
         if exact is not None:
             exact.unlink()
         if not probe.is_language_model:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Exporter = Literal["optimum", "dynamo"]
 EXPORTERS: tuple[Exporter, ...] = ("optimum", "dynamo")
-INSTALL_OPTIMUM = "pip install 'onnxpress[optimum]'"
+INSTALL_OPTIMUM = "pip install '.[optimum]' in the repository"
 
 _RESULT, _LOG = "result.json", "export.log"
 _NO_ROOM = 1 << 20  # bytes of free space below which a failed export is taken to have lacked room

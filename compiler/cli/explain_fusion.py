@@ -18,7 +18,7 @@ def explain_fusion(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fuse a copy of PATH in memory and say, block by block, what was fused and what was not, and why."""
+    """Fuse a copy of MODEL in memory and say, block by block, what was fused and what was not, and why."""
     import tempfile
     from pathlib import Path
 
@@ -44,8 +44,11 @@ def explain_fusion(
         for one in blocks:
             fused = ", ".join(f"{name} {count}" for name, count in one.fused.items())
             name = "rest" if one.index is None else str(one.index)
-            rows.append((name, f"{one.operators[0]} -> {one.operators[1]}", fused, "yes" if one.is_complete else "no"))
+            complete = "unknown" if len(blocks) == 1 else "yes" if one.is_complete else "no"
+            rows.append((name, f"{one.operators[0]} -> {one.operators[1]}", fused, complete))
         console.print(table("", ("block", "operators", "fused", "complete"), rows, left=3))
+        if len(blocks) == 1:
+            console.print("no blocks around a residual stream were found, so nothing is known of what each should hold")
         for one in blocks:
             for left in one.left:
                 where = "outside of blocks" if one.index is None else f"block {one.index}"

@@ -96,7 +96,9 @@ def _apart(left: ir.Value, right: ir.Value, name: str) -> tuple[list[ir.Node], l
         if add is None or len(branch.uses()) != 1 or branch.is_graph_output():
             continue
         for product, bias in (add.inputs, add.inputs[::-1]):
-            if bias.const_value is None or len(bias.shape or ()) != 1 or product.shape != branch.shape:
+            if product is None or bias is None or bias.const_value is None:
+                continue
+            if len(bias.shape or ()) != 1 or product.shape != branch.shape:
                 continue
             first = ir.Node("", "Add", [product, stream], name=name)
             first.outputs[0].name = f"{name}/before_bias"

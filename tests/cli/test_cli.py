@@ -247,6 +247,17 @@ def test_a_bug_is_a_short_message_and_a_traceback_only_with_debug(
     assert "Traceback" in run(*arguments, "--debug")[2]
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "onnxpress", "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_version_and_help(run: Run) -> None:
     code, out, _ = run("--version")
     assert code == 0

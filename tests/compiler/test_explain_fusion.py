@@ -51,6 +51,13 @@ def test_every_block_is_complete(tiny_export: Export, tmp_path: Path, architectu
     assert unfused_layers(source.model) == 0
 
 
+def test_an_encoder_whose_attention_stays_apart(tiny_export: Export, tmp_path: Path) -> None:
+    directory = tiny_export("bert")
+    assert unfused_layers(models.load(directory, work_dir=tmp_path).model) == 2
+    with pytest.raises(UnsupportedModelError, match="2 layers"):
+        optimize(directory, output=tmp_path / "out", passes="simplify, fuse_attention", strict=True)
+
+
 def test_a_block_that_is_half_fused_says_why(half_fusable: Path, tmp_path: Path) -> None:
     source = models.load(half_fusable, work_dir=tmp_path)
     first, second, _ = explain_fusion(source.model, Context(config=source.config))

@@ -49,3 +49,11 @@ def test_an_input_of_which_there_is_no_sample(tmp_path: Path) -> None:
     text = '<ir_version: 8, opset_import: ["": 16]> g (string[n] words) => (string[n] same) { same = Identity (words) }'
     with pytest.raises(ValueError, match=r"'words' takes tensor\(string\)"):
         probe(tmp_path, text).run_random(0, {})
+
+
+def test_token_types_are_of_the_first_kind(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 16]>
+    g (int64[batch, seq] token_type_ids) => (float[batch, seq, 2] y) <float[2, 2] table = {1, 2, 3, 4}>
+    { y = Gather (table, token_type_ids) }"""
+    outputs = probe(tmp_path, text).run_random(0, {})
+    assert (outputs["y"] == [1, 2]).all()

@@ -170,7 +170,7 @@ def test_without_optimum_dynamo_stands_in_and_says_so(checkpoint: Path, tmp_path
 
 @pytest.mark.usefixtures("no_optimum")
 def test_optimum_is_asked_for_and_not_installed(copy: Path) -> None:
-    refuse(copy, OptionError, "optimum-onnx", "pip install 'onnxpress[optimum]'", "'dynamo'", exporter="optimum")
+    refuse(copy, OptionError, "optimum-onnx", "pip install '.[optimum]'", "'dynamo'", exporter="optimum")
 
 
 def test_optimum_is_the_default_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
