@@ -105,7 +105,7 @@ class Calibration:
         Raises:
             UnsupportedModelError: a graph inside a node is in the way.
         """
-        self.stages = _stages(model, linears)
+        self.stages = divide(model, linears)
         self._opset = model.graph.opset_imports.get("", 18)
         self._num_windows = len(windows)
         self._folder = Path(tempfile.mkdtemp(prefix="streams-", dir=work_dir))
@@ -168,7 +168,7 @@ class Calibration:
             if session is not None:
                 for which, sink in enumerate(sinks):
                     feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
-                    sink.append(_call(session, [*feeds, *weights[which]], stage))
+                    sink.append(call(session, [*feeds, *weights[which]], stage))
             if not with_stats:
                 continue
             teacher = streams.read(activation, number, compressed=False)
@@ -186,13 +186,7 @@ class Calibration:
 
     def _session(self, stage: Stage, data: bytes) -> ort.InferenceSession:
         if data not in self._sessions:
-            options = ort.SessionOptions()
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.log_severity_level = 4
-            try:
-                self._sessions[data] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ORT has one exception type per C++ code
-                raise _cannot_run(stage, error) from error
+            self._sessions[data] = open_session(data, stage)
         return self._sessions[data]
 
 
@@ -260,8 +254,17 @@ class _Sink:
             one.append(array)
 
 
-def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
-    """Divides what leads to the activations of `linears`; equal activations share a stage."""
+def divide(model: ir.Model, linears: Sequence[Linear], last: ir.Value | None = None) -> list[Stage]:
+    """Divides what leads to the activations of `linears`; equal activations share a stage.
+
+    Args:
+        model: holds `linears`.
+        linears: of `find_linears(model, expand_pairs=True)`.
+        last: an output of the graph; what is left to do for it becomes a stage without linears, behind all others.
+
+    Raises:
+        UnsupportedModelError: a graph inside a node is in the way.
+    """
     grouped: dict[int, list[Linear]] = {}
     for one in linears:
         grouped.setdefault(id(one.activation), []).append(one)
@@ -278,16 +281,19 @@ def _stages(model: ir.Model, linears: Sequence[Linear]) -> list[Stage]:
         nodes = sorted(_ancestors(group[0].activation, done), key=lambda node: place[id(node)])
         done |= {id(node) for node in nodes}
         stages.append(Stage(group, nodes, *_operands(nodes, replaceable)))
+    if last is not None:
+        nodes = sorted(_ancestors(last, done), key=lambda node: place[id(node)])
+        stages.append(Stage([], nodes, *_operands(nodes, replaceable)))
     # Backwards: a value lives from the stage that makes it to the last one that reads it.
     read_later: dict[int, int] = {}
-    activations = {id(stage.linears[0].activation) for stage in stages}
-    for number, stage in reversed(list(enumerate(stages))):
-        activation = stage.linears[0].activation
+    ends = [stage.linears[0].activation if stage.linears else last for stage in stages]
+    activations = {id(value) for value in ends}
+    for number, (stage, activation) in reversed(list(enumerate(zip(stages, ends, strict=True)))):
         made = [value for node in stage.nodes for value in node.outputs]
         # Two stages may have activations of one node, of which the second is read by no other stage.
         stage.outputs = [value for value in made if id(value) in read_later or id(value) in activations]
         last_read = [value for value in stage.inputs if id(value) not in read_later]
-        last_read += [activation] if id(activation) not in read_later else []
+        last_read += [activation] if activation is not None and id(activation) not in read_later else []
         # The activation itself is read while the stage runs, and by the next stages at most.
         stage.dying = [*dict.fromkeys(last_read)]
         for value in stage.inputs:
@@ -360,7 +366,27 @@ def _array(value: ir.Value) -> Array:
     return value.const_value.numpy()
 
 
-def _call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -> list[Array]:
+def open_session(graph: bytes, stage: Stage) -> ort.InferenceSession:
+    """A session of a stage's graph.
+
+    Raises:
+        CalibrationError: ONNX Runtime refuses it.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT has one exception type per C++ code
+        raise _cannot_run(stage, error) from error
+
+
+def call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -> list[Array]:
+    """Outputs of a stage from its inputs and weights, in their order.
+
+    Raises:
+        CalibrationError: this part of the graph does not run on them.
+    """
     try:
         return list(session.run(None, {f"i{index}": array for index, array in enumerate(arrays)}))
     except Exception as error:  # ORT has one exception type per C++ code
@@ -368,7 +394,8 @@ def _call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) 
 
 
 def _cannot_run(stage: Stage, error: Exception) -> CalibrationError:
+    place = stage.linears[0].name if stage.linears else "the output"
     return CalibrationError(
-        f"calibration: what leads to {stage.linears[0].name} does not run on windows of text: {first_line(error)}",
+        f"calibration: what leads to {place} does not run on windows of text: {first_line(error)}",
         hint="does the model take fewer tokens at once? try a smaller length=",
     )

@@ -61,6 +61,7 @@ class Report:
         metrics: name to number; a LOSSY pass fills at least one that says how much was lost.
         ledger: one row of facts per changed site, for the card (`site` is its first key).
         calibration: what a pass saw of text, {} when it needs none.
+        notes: what a person should read, a line each: a decision, a table.
         seconds: wall time of the run.
         bytes_before, bytes_after: bytes of all initializers, shared ones counted once.
     """
@@ -70,6 +71,7 @@ class Report:
     metrics: dict[str, float] = field(default_factory=dict)
     ledger: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -157,7 +159,7 @@ class Pass(ir.passes.InPlacePass):
     @classmethod
     def name(cls) -> str:
         """The name by which pipelines call the pass: that of its file."""
-        return cls.__module__.rpartition(".")[2]
+        return cls.__module__.rpartition(".")[2].lstrip("_")
 
     @classmethod
     def example(cls: type[Self], model: ir.Model) -> Self:

@@ -45,6 +45,7 @@ def pass_row(pass_: Pass, report: Report) -> dict[str, Any]:
         "bytes_after": report.bytes_after,
         "ledger": report.ledger,
         **({"calibration": report.calibration} if report.calibration else {}),
+        **({"notes": report.notes} if report.notes else {}),
     }
 
 

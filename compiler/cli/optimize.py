@@ -98,6 +98,8 @@ def show_card(console: Console, card: dict[str, Any]) -> None:
         columns = ("pass", "promise", "changed", "skipped", "seconds", "weights", loss)
         console.print(table(escape(str(card["name"])), columns, rows, left=2))
     for row in card["passes"]:
+        for number, note in enumerate(row.get("notes", ())):
+            console.print(escape(note if number else f"{row['pass'].partition('(')[0]}: {note}"))
         for skip in row["skipped"]:
             name, _, _ = row["pass"].partition("(")
             console.print(f"{escape(name)} skipped {skip['count']}: {escape(skip['reason'])}")

@@ -152,9 +152,9 @@ class WeightOnly(Pass):
         report = Report()
         linears = find_linears(model, expand_pairs=True)
         tables = find_embeddings(model, linears)
-        embeddings = _token_tables(tables)
+        embeddings = token_tables(tables)
         self._check_effect(linears, embeddings)
-        sites = self._plan(linears, embeddings, context, report)
+        sites = self.plan(linears, embeddings, context, report)
         for table in tables:
             if table not in embeddings:
                 report.skip(table.table.name or "table", "narrower than the token table: kept exact")
@@ -223,7 +223,7 @@ class WeightOnly(Pass):
                     hint="leave it out",
                 )
 
-    def _plan(self, linears: list[Linear], embeddings: list[Embedding], context: Context, report: Report) -> list[Site]:
+    def plan(self, linears: list[Linear], embeddings: list[Embedding], context: Context, report: Report) -> list[Site]:
         """One site per matrix; nodes that share a matrix share the site. Reasons against go to the report."""
         tied = {id(one.head): one for one in embeddings if _is_tied(one)}
         sites: dict[tuple[int, bool], Site] = {}
@@ -232,7 +232,7 @@ class WeightOnly(Pass):
             is_head = linear.kind == "head" or embedding is not None
             names = [linear.name] + ["embedding"] * (embedding is not None)
             chosen = self._format(names, linear.kind, is_head=is_head)
-            block = _fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
+            block = fitting_block(linear.num_in, chosen.block_size, chosen.bits, exact=embedding is not None)
             reason = self._refuse(names, linear.node, chosen._replace(block_size=block or 0), linear.weight, context)
             if linear.kind == "router" and not {"router", *names} & self.overrides.keys():
                 reason = reason or "it picks the experts, and is small"
@@ -263,7 +263,7 @@ class WeightOnly(Pass):
         for number, embedding in enumerate(one for one in embeddings if not _is_tied(one)):
             name = "embedding" if number == 0 else f"embedding.{number + 1}"
             chosen = self._format([name], "embedding", is_head=True)
-            block = _fitting_block(embedding.width, chosen.block_size, chosen.bits, exact=True)
+            block = fitting_block(embedding.width, chosen.block_size, chosen.bits, exact=True)
             chosen = chosen._replace(block_size=block or 0)
             reason = self._refuse([name], embedding.node, chosen, embedding.table, context)
             if reason is not None or block is None:
@@ -339,7 +339,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _token_tables(embeddings: list[Embedding]) -> list[Embedding]:
+def token_tables(embeddings: list[Embedding]) -> list[Embedding]:
     """The tables that are as wide as the largest: narrower ones are rotary caches, which must stay exact."""
     if not embeddings:
         return []
@@ -353,7 +353,7 @@ def _is_tied(embedding: Embedding) -> bool:
     return head is not None and head.shape == (embedding.num_rows, embedding.width) and head.holder != "MatMul"
 
 
-def _fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> int | None:
+def fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> int | None:
     """The block size to use for rows of `width`: no wider than the row, and a divisor of it where that is a must."""
     smallest = 32 if bits == 2 else 16
     block = block_size

@@ -1,0 +1,248 @@
+"""Rounds weights so that the outputs stay what they were: each column makes up for the errors of those before it.
+
+Text is streamed through the model; every linear is fitted to the outputs that the uncompressed model has (its teacher),
+given the activation that the compressed one sees. Then columns are revisited one by one, and scales refitted.
+
+Paper:   arXiv:2210.17323 (GPTQ), arXiv:2504.02692 (GPTAQ: teacher's targets), arXiv:2309.01885 (coordinate descent)
+Differs: the target is the exact least-squares matrix, not a correction inside the sweep; columns in order of importance
+         while blocks keep their scales, so that the graph needs no column index; scales are refitted afterwards.
+Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a block
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnxpress.compiler import calibration, packing
+from onnxpress.compiler.calibration import Calibration, Group
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import UnsupportedModelError
+from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.nbits import CodedMatrix
+from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.quantization import _grids, _rounding
+from onnxpress.passes.quantization import _least_squares as least_squares
+from onnxpress.passes.quantization._grids import Floats, fit_grid
+from onnxpress.passes.quantization._rounding import pack_columns, stored_scale
+from onnxpress.passes.quantization._weight_only import Coded, Format, Site, WeightOnly, rounded
+
+_ROWS = 4096  # rows of a matrix that are worked on at a time: bounds memory for a head
+_TOKENS_PER_FEATURE = 5  # from which on the damping is what was asked for
+_FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(WeightOnly):
+    """Base of passes that round weights with the help of calibration text; options as in every weight-only pass."""
+
+    tokens: int = 16384  # of calibration text
+    length: int = 1024  # tokens of a window
+    damping: float = 0.01  # added to the diagonal of the second moments, relative to its mean
+    teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
+    ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
+    rounds: int = 2  # of coordinate descent and refitted scales after the sweep
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.tokens >= 1, "tokens", "positive", "16384 suits small models")
+        self.check(self.length >= 1, "length", "positive", "1024 suits most models")
+        self.check(self.damping > 0, "damping", "positive", "0.01 suits most models")
+        self.check(self.ridge > 0, "ridge", "positive", "0.05 suits most models")
+        self.check(self.rounds >= 0, "rounds", "0 or more", "2 suits most models")
+
+    def code(
+        self, model: ir.Model, sites: list[Site], linears: list[Linear], context: Context, report: Report
+    ) -> Iterator[tuple[Site, Coded]]:
+        site_of = {id(linear): site for site in sites for linear in site.linears if linear.holder in _FLOATS}
+        wanted = [linear for linear in linears if id(linear) in site_of]
+        found: dict[int, Coded] = {}
+        unfit: set[int] = set()
+        if any(site_of[id(linear)].dtype == ir.DataType.BFLOAT16 for linear in wanted):
+            raise UnsupportedModelError(
+                "text is streamed on the CPU, which has no kernels for bfloat16",
+                hint="use --target cuda (float16), or rtn",
+            )
+        if wanted:
+            ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
+            windows = feeds(model.graph, ids_WS)
+            section = context.journal.section(str(self), context.target.name, _identity())
+            with Calibration(model, windows, wanted, context.work_dir) as run:
+                for number, stage in enumerate(context.track(run.stages, self.name())):
+                    digest = run.digest(stage)
+                    record = section.read(str(number), digest)
+                    group = run.observe(stage, with_stats=record is None)
+                    if record is not None:
+                        done = [_read(record, index) for index, _ in enumerate(group.linears)]
+                    elif _is_finite(group):
+                        done = self._fit(group, site_of)
+                        section.write(str(number), digest, _record(done))
+                    else:
+                        unfit |= {id(site_of[id(linear)]) for linear in group.linears}
+                        continue
+                    for linear, coded in zip(group.linears, done, strict=True):
+                        # Where layers share a weight, the first of them decides.
+                        coded = found.setdefault(id(site_of[id(linear)]), coded)
+                        group.replace(linear, coded.matrix.w_NK())
+        for site in sites:
+            if id(site) in found:
+                yield site, found.pop(id(site))
+            elif id(site) in unfit:
+                report.skip(site.name, "its activation is not finite on the calibration text")
+        # Tables that are only gathered, and what is stored in integers already, see no activation of their own.
+        rest = [site for site in sites if not any(id(linear) in site_of for linear in site.linears)]
+        yield from rounded(rest, context, self.name())
+
+    def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
+        """Codes of the linears of a group, which share an activation; those of one format are fitted together."""
+        together: dict[tuple[Format, Any], list[Linear]] = {}
+        for linear in group.linears:
+            site = site_of[id(linear)]
+            together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
+        # Few tokens (an expert that is seldom chosen) say little about how features go together: the more damping, the
+        # more the fit becomes rounding by importance.
+        scarcity = max(1.0, _TOKENS_PER_FEATURE * group.stats.num_in / max(group.stats.count, 1))
+        moments = least_squares.Moments(group.stats.hessian_KK, self.damping * scarcity)
+        correction_KK = None
+        if self.teacher and group.stats.drift_KK is not None:
+            drift_KK = group.stats.drift_KK / group.stats.count
+            correction_KK = least_squares.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
+        parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
+        for (chosen, dtype), linears in together.items():
+            for pieces in _batches(linears):
+                w_KN = np.concatenate([w_NK.T for _, w_NK in pieces], axis=1)
+                target_KN = w_KN if correction_KK is None else w_KN + correction_KK @ w_KN
+                steps_KN, grid = self._solve(target_KN, chosen, dtype, moments)
+                start = 0
+                for linear, w_NK in pieces:
+                    rows = slice(start, start + len(w_NK))
+                    start = rows.stop
+                    own = steps_KN[:, rows], grid.rows(rows)
+                    parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, moments))
+        return [_joined(parts[id(linear)]) for linear in group.linears]
+
+    def _solve(
+        self, target_KN: Floats, chosen: Format, dtype: np.dtype[Any], moments: least_squares.Moments
+    ) -> tuple[Floats, least_squares.Grid]:
+        """Signed steps and the grid they lie on, scales as they will be stored."""
+        grid = fit_grid(
+            target_KN,
+            moments.hessian_KK.diagonal(),
+            bits=chosen.bits,
+            block_size=chosen.block_size,
+            symmetric=chosen.symmetric,
+        )
+        grid.scale_GN = stored_scale(grid.scale_GN, dtype)
+        steps_KN = least_squares.sweep(target_KN, moments, grid)
+        for _ in range(self.rounds):
+            least_squares.descend(steps_KN, target_KN, moments, grid)
+            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype)
+        if self.rounds:
+            least_squares.descend(steps_KN, target_KN, moments, grid)
+        return steps_KN, grid
+
+
+def _identity() -> str:
+    """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
+    sources = [__file__, *(module.__file__ for module in (calibration, least_squares, _grids, _rounding))]
+    digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
+    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {os.cpu_count()} cores"
+
+
+def _is_finite(group: Group) -> bool:
+    """Whether both streams gave finite activations."""
+    drift_KK = group.stats.drift_KK
+    return bool(np.isfinite(group.stats.gram_KK).all() and (drift_KK is None or np.isfinite(drift_KK).all()))
+
+
+def _batches(linears: list[Linear]) -> Iterator[list[tuple[Linear, Floats]]]:
+    """The matrices of `linears` in batches of a bounded number of rows."""
+    batch: list[tuple[Linear, Floats]] = []
+    size = 0
+    for linear in linears:
+        w_NK = linear.w_NK()
+        for start in range(0, linear.num_out, _ROWS):
+            piece = w_NK[start : start + _ROWS]
+            if batch and size + len(piece) > _ROWS:
+                yield batch
+                batch, size = [], 0
+            batch.append((linear, piece))
+            size += len(piece)
+    if batch:
+        yield batch
+
+
+def _coded(
+    w_NK: Floats,
+    steps_KN: Floats,
+    grid: least_squares.Grid,
+    chosen: Format,
+    dtype: np.dtype[Any],
+    moments: least_squares.Moments,
+) -> Coded:
+    """Codes in the layout of ONNX Runtime, and how far they are from the weights."""
+    columns, rows = steps_KN.shape
+    groups, b = len(grid.scale_GN), grid.block_size
+    codes = np.full((groups * b, rows), grid.zero_GN.flat[0], np.uint8)  # what pads the last block does not matter
+    with np.errstate(invalid="ignore"):  # of weights that are not finite; the caller sees it in the norm
+        np.add(steps_KN, grid.spread(grid.zero_GN, columns), out=codes[:columns], casting="unsafe")
+    packed = pack_columns(codes.reshape(groups, b, rows), chosen.bits).transpose(2, 0, 1)
+    zero = None
+    if not chosen.symmetric:
+        zero = packing.pack_zero_points(np.ascontiguousarray(grid.zero_GN.T.astype(np.uint8)), chosen.bits)
+    scale_NG = np.ascontiguousarray(grid.scale_GN.T).astype(dtype)
+    matrix = CodedMatrix(np.ascontiguousarray(packed), scale_NG, zero, columns, chosen.bits, b)
+    error_KN = steps_KN * grid.spread(grid.scale_GN, columns) - w_NK.T
+    facts = {
+        "error": least_squares.quadratic(error_KN, moments.plain_KK),
+        "energy": least_squares.quadratic(w_NK.T, moments.plain_KK),
+    }
+    return Coded(matrix, float(np.vdot(error_KN, error_KN)), float(np.vdot(w_NK, w_NK)), facts)
+
+
+def _record(done: list[Coded]) -> dict[str, Any]:
+    """What `_read` makes the same `Coded` of again."""
+    record: dict[str, Any] = {}
+    for index, (matrix, loss, norm, facts) in enumerate(done):
+        record[f"{index}.codes"], record[f"{index}.scale"] = matrix.codes, matrix.scale
+        if matrix.zero is not None:
+            record[f"{index}.zero"] = matrix.zero
+        record[f"{index}.sizes"] = np.array([matrix.num_in, matrix.bits, matrix.block_size])
+        record[f"{index}.numbers"] = np.array([loss, norm, facts["output_error"]])
+    return record
+
+
+def _read(record: dict[str, Any], index: int) -> Coded:
+    num_in, bits, block_size = (int(number) for number in record[f"{index}.sizes"])
+    codes, scale, zero = (record.get(f"{index}.{name}") for name in ("codes", "scale", "zero"))
+    assert codes is not None
+    assert scale is not None
+    loss, norm, error = (float(number) for number in record[f"{index}.numbers"])
+    return Coded(CodedMatrix(codes, scale, zero, num_in, bits, block_size), loss, norm, {"output_error": error})
+
+
+def _joined(parts: list[Coded]) -> Coded:
+    """Rows one below the other."""
+    matrices = [one.matrix for one in parts]
+    first = matrices[0]
+    zeros = [one.zero for one in matrices if one.zero is not None]
+    matrix = CodedMatrix(
+        np.concatenate([one.codes for one in matrices]),
+        np.concatenate([one.scale for one in matrices]),
+        np.concatenate(zeros) if zeros else None,
+        first.num_in,
+        first.bits,
+        first.block_size,
+    )
+    energy = sum(one.facts["energy"] for one in parts)
+    facts = {"output_error": math.sqrt(sum(one.facts["error"] for one in parts) / energy) if energy else 0.0}
+    return Coded(matrix, sum(one.loss for one in parts), sum(one.norm for one in parts), facts)

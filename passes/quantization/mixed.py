@@ -1,0 +1,336 @@
+"""Picks bits and block size for every matrix by what its error costs the model, within a size, a loss, or a mean.
+
+Each matrix (queries with keys, and gate with up, count as one: they are computed as one) is rounded alone and the KL
+divergence of the model's predictions measured. What another format would cost follows from the error of the weights in
+it, to which the divergence is proportional while it is small. A knapsack solver then spends the bytes.
+
+Paper:   arXiv:1911.03852 (HAWQ-V2: sensitivity times error, summed); measured here instead of a Hessian's trace
+Axes:    N out features, K in features
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.linears import find_embeddings, find_linears
+from onnxpress.compiler.nbits import CodedMatrix
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
+from onnxpress.compiler.sensitivity import Sensitivity
+from onnxpress.passes.quantization._allocation import Option, allocate
+from onnxpress.passes.quantization._mixed import Fitted, Rounded
+from onnxpress.passes.quantization._rounding import Floats, round_matrix
+from onnxpress.passes.quantization._weight_only import Format, Site, WeightOnly, fitting_block, token_tables
+
+# From small to large. With text to fit them to, symmetric blocks of 32 are as good as ones with zero points.
+_FORMATS = (
+    Format(4, 128, False),
+    Format(4, 64, False),
+    Format(4, 32, True),
+    Format(8, 128, True, "max"),
+    Format(8, 64, True, "max"),
+)
+_PROBE = Format(4, 32, True)  # in which the cost of a matrix is measured
+_ROWS = 1024  # of a matrix that tell the error of a format
+_UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_PER_NODE = 400  # bytes that the names of codes, scales and zero points take in the graph at most
+_TRIES = 7  # plans that are run to meet a loss
+
+
+@dataclass
+class _Item:
+    """Matrices that get one format."""
+
+    sites: list[Site]
+    formats: list[Format] = field(default_factory=list)
+    options: list[Option] = field(default_factory=list)
+    cost: float = 0.0  # of `_PROBE`
+
+    @property
+    def name(self) -> str:
+        return "+".join(site.name for site in self.sites)
+
+    @property
+    def kind(self) -> str:
+        return "+".join(site.linears[0].kind if site.linears else "embedding" for site in self.sites)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(Pass):
+    """Stores matrices in 4 or 8 bits, each in the format that its place in the model deserves.
+
+    Exactly one of `size`, `kl` and `bits` says how far to go. Needs float weights: comes before any other quantizer,
+    and before `pack`.
+    """
+
+    promise: ClassVar[Promise] = Promise.LOSSY
+    paper: ClassVar[str] = "arXiv:1911.03852"
+
+    size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes, MiB and GB are known too
+    kl: float | None = (
+        None  # KL divergence (nats per token) that rounding to nearest may cost; fitting then does better
+    )
+    bits: float | None = None  # per weight on average, scales included, over what is quantized
+    method: Literal["gptq", "rtn"] = "gptq"  # how the codes are found: fitted to calibration text, or rounded
+    tokens: int = 16384  # of calibration text for gptq
+    length: int = 1024  # tokens of a window of it
+    probe: int = 512  # tokens on which costs are measured
+    accuracy_level: int = 4  # of 4-bit matrices on the CPU: 4 int8 activations, 0 float activations
+    exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("size", "kl", "bits") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise OptionError(
+                f"mixed: expected one of size, kl and bits, got {' and '.join(given) or 'none'}",
+                hint="for instance mixed(size='90MB'), mixed(kl=0.05) or mixed(bits=4.5)",
+            )
+        self.check(self.size is None or _bytes(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
+        self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.05 is a mild loss")
+        self.check(self.bits is None or 4 < self.bits <= 9, "bits", "more than 4 and at most 9", "try 4.5")
+        self.check(self.probe >= 16, "probe", "at least 16", "512 suits most models")
+        self._inner({})  # checks what it is given
+
+    @classmethod
+    def example(cls, model: ir.Model) -> Mixed:
+        return cls(bits=6.0, tokens=32, length=16, probe=16)
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        scratch = Report()
+        items = self._items(model, context, scratch)
+        if not items:
+            return self._inner({}).run(model, context)  # says why of each matrix
+        ids_WS, facts = context.calibration.windows(self.probe, self.probe)
+        sites = [site for item in items for site in item.sites]
+        linears = [linear for site in sites for linear in site.linears]
+        sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], linears)
+        if self.kl is not None and sensitivity.measure != "KL divergence":
+            raise OptionError("mixed: kl has no meaning for a model without logits", hint="give size= or bits=")
+        self._price(items, sensitivity, context, ids_WS)
+        chosen = self._choose(items, model, sensitivity)
+        overrides: dict[str, dict[str, int | bool | str]] = {}
+        expected = 0.0
+        for item, index in zip(items, chosen, strict=True):
+            expected += item.options[index].cost
+            for site in item.sites:
+                for name in _names(site):
+                    overrides[name] = {**item.formats[index]._asdict()}
+                    del overrides[name]["scales"]
+        report = self._inner(overrides).rewrite(model, context)
+        costs = {site.name: (item, index) for item, index in zip(items, chosen, strict=True) for site in item.sites}
+        for row in report.ledger:
+            item, index = costs[row["site"]]
+            row["measured_with"] = item.name
+            row["cost_rounded_4_bits"] = item.cost
+            row["expected_share"] = item.options[index].cost / expected if expected else 0.0
+        report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
+        report.metrics["expected_if_rounded"] = expected
+        report.notes += _table(items, chosen, sensitivity.measure, expected)
+        return report
+
+    def _inner(self, overrides: dict[str, dict[str, int | bool | str]]) -> WeightOnly:
+        common: dict[str, Any] = {
+            "accuracy_level": self.accuracy_level,
+            "exclude": self.exclude,
+            "overrides": overrides,
+        }
+        if self.method == "rtn":
+            return Rounded(**common)
+        return Fitted(**common, tokens=self.tokens, length=self.length)
+
+    def _items(self, model: ir.Model, context: Context, scratch: Report) -> list[_Item]:
+        """What is decided on, with the formats that are possible for it."""
+        linears = find_linears(model, expand_pairs=True)
+        embeddings = token_tables(find_embeddings(model, linears))
+        sites = self._inner({}).plan(linears, embeddings, context, scratch)
+        grouped: dict[tuple[int, str], _Item] = {}
+        for number, site in enumerate(sites):
+            kind = site.linears[0].kind if site.linears else "embedding"
+            partner = {"q": "qk", "k": "qk", "gate": "gate_up", "up": "gate_up"}.get(kind)
+            key = (id(site.linears[0].activation), partner) if partner else (-number, "")
+            grouped.setdefault(key, _Item([])).sites.append(site)
+        for item in grouped.values():
+            for one in _FORMATS:
+                chosen = one._replace(symmetric=True) if context.target.provider == "cuda" else one
+                blocks = {
+                    fitting_block(site.shape[1], one.block_size, one.bits, exact=bool(site.embeddings))
+                    for site in item.sites
+                }
+                if blocks == {one.block_size}:
+                    item.formats.append(chosen)
+            if not item.formats:  # narrower than any of these blocks
+                item.formats = [item.sites[0].format, item.sites[0].format._replace(bits=8)]
+        return list(grouped.values())
+
+    def _price(self, items: list[_Item], sensitivity: Sensitivity, context: Context, ids_WS: Floats) -> None:
+        """Measures what each item costs in `_PROBE`, and derives what it would in its other formats."""
+        digest = hashlib.sha256(np.ascontiguousarray(ids_WS).data)
+        for item in items:
+            for site in item.sites:
+                digest.update(site.name.encode())
+                digest.update(np.ascontiguousarray(site.read()).data)
+        section = context.journal.section("mixed", context.target.name, str(self.probe))
+        record = section.read("costs", digest.hexdigest())
+        if record is None:
+            costs = [
+                sensitivity.distance(_replacements(item, _PROBE))
+                for item in context.track(items, f"{self.name()}: what each matrix costs")
+            ]
+            section.write("costs", digest.hexdigest(), {"costs": np.array(costs)})
+        else:
+            costs = list(record["costs"])
+        for item, cost in zip(items, costs, strict=True):
+            item.cost = float(cost)
+            before = _error(item, _PROBE)
+            item.options = [
+                Option(item.cost * _error(item, one) / before if before else 0.0, _nbytes(item, one))
+                for one in item.formats
+            ]
+
+    def _choose(self, items: list[_Item], model: ir.Model, sensitivity: Sensitivity) -> list[int]:
+        """The index of a format for each item."""
+        options = [item.options for item in items]
+        least = sum(min(one.nbytes for one in some) for some in options)
+        most = sum(max(one.nbytes for one in some) for some in options)
+        if self.kl is not None:
+            return self._meet(items, sensitivity, self.kl, least, most)
+        weights = sum(site.shape[0] * site.shape[1] for item in items for site in item.sites)
+        if self.size is not None:
+            other = _other_bytes(model, items)
+            budget = (_bytes(self.size) or 0) - other
+        else:
+            other, budget = 0, int((self.bits or 0) * weights / 8)
+        chosen = allocate(options, budget)
+        if chosen is None:
+            nearest = f"size='{_written(least + other)}'" if self.size else f"bits={8 * least / weights + 5e-4:.3f}"
+            raise OptionError(
+                f"mixed: {'size' if self.size else 'bits'}={self.size or self.bits} cannot be met: all matrices in the "
+                f"smallest format take {nearest}",
+                hint=f"the nearest is {nearest}; less needs another pass before this one, such as drop_blocks or svd",
+            )
+        return chosen
+
+    def _meet(self, items: list[_Item], sensitivity: Sensitivity, limit: float, least: int, most: int) -> list[int]:
+        """The smallest plan of which the measured loss, all matrices rounded to nearest, is within the limit."""
+        options = [item.options for item in items]
+
+        def measured(plan: list[int]) -> float:
+            replaced: dict[int, Floats] = {}
+            for item, index in zip(items, plan, strict=True):
+                replaced |= _replacements(item, item.formats[index])
+            return sensitivity.distance(replaced)
+
+        best = allocate(options, most)
+        assert best is not None
+        if (nearest := measured(best)) > limit:
+            raise OptionError(
+                f"mixed: kl={limit} cannot be met: all matrices in 8 bits cost {nearest:.2g}",
+                hint=f"the nearest is kl={nearest * 1.05:.2g}",
+            )
+        low, high = float(least), float(most)
+        for _ in range(_TRIES):
+            plan = allocate(options, (low + high) / 2)
+            assert plan is not None
+            if measured(plan) <= limit:
+                best, high = plan, (low + high) / 2
+            else:
+                low = (low + high) / 2
+        return best
+
+
+def _names(site: Site) -> list[str]:
+    """What an override may call the site; a table that is only gathered has a name of its own."""
+    return [linear.name for linear in site.linears] or [site.name]
+
+
+def _replacements(item: _Item, chosen: Format) -> dict[int, Floats]:
+    """Weights of an item after rounding, as the graph stores them, by the id of their value."""
+    found: dict[int, Floats] = {}
+    for site in item.sites:
+        w_NK = _rounded(site, chosen, site.read())[0].w_NK()
+        for linear in site.linears:
+            found[id(linear.weight)] = linear.stored_form(w_NK)
+        for embedding in site.embeddings:
+            tensor = embedding.table.const_value
+            assert tensor is not None
+            found.setdefault(id(embedding.table), w_NK.astype(tensor.dtype.numpy(), copy=False))
+    return found
+
+
+def _rounded(site: Site, chosen: Format, w_NK: Floats) -> tuple[CodedMatrix, float, float]:
+    return round_matrix(w_NK, **chosen._asdict(), scale_dtype=site.dtype.numpy())
+
+
+def _error(item: _Item, chosen: Format) -> float:
+    """Squared error of a format relative to the weights, on some rows; summed over the matrices of an item."""
+    total = 0.0
+    for site in item.sites:
+        w_NK = site.read()
+        rows = w_NK[:: -(-len(w_NK) // _ROWS)]
+        _, loss, norm = _rounded(site, chosen, np.ascontiguousarray(rows))
+        total += loss / norm if norm else 0.0
+    return total
+
+
+def _nbytes(item: _Item, chosen: Format) -> int:
+    """Bytes of codes, scales and zero points."""
+    total = 0
+    for site in item.sites:
+        rows, columns = site.shape
+        blocks = -(-columns // chosen.block_size)
+        zeros = 0 if chosen.symmetric else -(-blocks * chosen.bits // 8)
+        total += rows * (blocks * (chosen.block_size * chosen.bits // 8 + site.dtype.numpy().itemsize) + zeros)
+    return total
+
+
+def _other_bytes(model: ir.Model, items: Sequence[_Item]) -> int:
+    """Bytes of the finished model's files that are not codes, scales and zero points; rather a few too many."""
+    floats: dict[int, Any] = {}
+    nodes = 0
+    for site in (site for item in items for site in item.sites):
+        nodes += len(site.linears) + len(site.embeddings)
+        for value in [one.weight for one in site.linears] + [one.table for one in site.embeddings]:
+            floats[id(value.const_value)] = value.const_value
+    graph: int = sum(ir.to_proto(node).ByteSize() + 8 for node in model.graph)
+    values = [value for node in model.graph for value in node.outputs if value.name] + list(model.graph.inputs)
+    graph += sum(ir.to_proto(value).ByteSize() + 8 for value in values)
+    graph += sum(2 * len(name) + 200 for name in model.graph.initializers)
+    kept: int = weight_bytes(model) - sum(tensor.nbytes for tensor in floats.values() if tensor is not None)
+    return kept + graph + _PER_NODE * nodes
+
+
+def _table(items: Sequence[_Item], chosen: Sequence[int], measure: str, expected: float) -> list[str]:
+    """What was decided, per kind: how many matrices in which format, and their part of the expected loss."""
+    lines = [f"{measure} expected of plain rounding: {expected:.4f}; by kind of matrix:"]
+    kinds: dict[str, tuple[Counter[str], float]] = {}
+    for item, index in zip(items, chosen, strict=True):
+        one = item.formats[index]
+        counts, cost = kinds.get(item.kind, (Counter(), 0.0))
+        counts[f"{one.bits} bits in blocks of {one.block_size}"] += 1
+        kinds[item.kind] = counts, cost + item.options[index].cost
+    for kind, (counts, cost) in kinds.items():
+        formats = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+        lines.append(f"  {kind}: {formats}; {cost / expected if expected else 0:.0%} of the loss")
+    return lines
+
+
+def _written(nbytes: int) -> str:
+    """A size of at least so many bytes, as `_bytes` reads it."""
+    return f"{-(-nbytes // 1000)}kB" if nbytes < 1e7 else f"{-(-nbytes // 10**5) / 10}MB"
+
+
+def _bytes(text: str) -> int | None:
+    """Bytes that a size such as "90MB" stands for, None when it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    return None if found is None or unit is None else int(float(found[1]) * unit)
