@@ -312,20 +312,23 @@ class WeightOnly(Pass):
                 row["activation_error"] = errors.get(row["site"], 0.0)
 
 
-def rounded(sites: list[Site], context: Context, label: str) -> Iterator[tuple[Site, Coded]]:
-    """Sites rounded to the nearest, without data, on a thread per core."""
+def plain(site: Site) -> Coded:
+    """The codes of a site rounded to the nearest."""
+    return Coded(*round_matrix(site.read(), **site.format._asdict(), scale_dtype=site.dtype.numpy()))
+
+
+def rounded(
+    sites: list[Site], context: Context, label: str, code: Callable[[Site], Coded] = plain
+) -> Iterator[tuple[Site, Coded]]:
+    """Sites coded without data by `code`, on a thread per core."""
     with _workers() as pool:
         futures: dict[int, Future[Coded]] = {}
         # Large matrices first: one that starts last would keep a single core busy at the end.
         for site in sorted(sites, key=lambda one: one.shape[0] * one.shape[1] < 1 << 22):
-            futures[id(site)] = pool.submit(_round, site)
+            futures[id(site)] = pool.submit(code, site)
         for site in context.track(sites, label):
             # A finished future would keep its arrays alive.
             yield site, futures.pop(id(site)).result()
-
-
-def _round(site: Site) -> Coded:
-    return Coded(*round_matrix(site.read(), **site.format._asdict(), scale_dtype=site.dtype.numpy()))
 
 
 @contextmanager
