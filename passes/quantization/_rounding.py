@@ -55,7 +55,7 @@ class _Scratch(threading.local):
         return flat[: template.size].reshape(template.shape)
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 class Rounded(NamedTuple):
@@ -152,6 +152,7 @@ def spread_range(w_GbN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Flo
 
 
 def nonzero(scale: Floats) -> Floats:
+    """1 in the place of 0, to divide by."""
     return np.where(scale == 0, scale.dtype.type(1), scale)
 
 
@@ -164,26 +165,37 @@ def stored_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
 
 def nearest_steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, name: str = "steps") -> Floats:
     """Signed steps code - zero of each weight, in scratch memory called `name`."""
-    steps: Floats = np.divide(w_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, name))
+    steps: Floats = np.divide(w_GbN, scale_GN[:, None], out=scratch.like(w_GbN, name))
     clip_to_steps(steps, zero_GN, bits)
     return steps
 
 
 def _loss(w_GbN: Floats, steps_GbN: Floats, scale_GN: Floats) -> Floats:
     """Squared error of each block."""
-    error = np.multiply(steps_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, "floats"))
+    error = np.multiply(steps_GbN, scale_GN[:, None], out=scratch.like(w_GbN, "floats"))
     error -= w_GbN
     return dot(error, error)
 
 
-def refit(steps_GbN: Floats, w_GbN: Floats, scale_GN: Floats, dtype: np.dtype[Any]) -> Floats:
-    """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored."""
-    product, square = dot(steps_GbN, w_GbN), dot(steps_GbN, steps_GbN)
+def refit(
+    steps_GbN: Floats,
+    w_GbN: Floats,
+    scale_GN: Floats,
+    dtype: np.dtype[Any],
+    weighted_GbN: Floats | None = None,
+) -> Floats:
+    """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored.
+
+    Where some weights count for more, `weighted_GbN` are the steps times how much they count.
+    """
+    weighted = steps_GbN if weighted_GbN is None else weighted_GbN
+    product, square = dot(weighted, w_GbN), dot(weighted, steps_GbN)
     scale = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
     return np.where(np.abs(scale) < _SMALLEST[dtype == np.float16], scale_GN, stored_scale(scale, dtype))
 
 
 def dot(a_GbN: Floats, b_GbN: Floats) -> Floats:
+    """Sum of products over each block, [G, N]."""
     product: Floats = np.einsum("gbn,gbn->gn", a_GbN, b_GbN)
     return product
 
@@ -207,11 +219,11 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
     start, and steps rounded anew to a refitted scale are no worse than those it was fitted to: so the result is never
     worse than the given scale. All this in units of the given scale, in which a start is one number for all blocks.
     """
-    u_GbN = np.divide(w_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, "floats"))
+    u_GbN = np.divide(w_GbN, scale_GN[:, None], out=scratch.like(w_GbN, "floats"))
     one = scale_GN.dtype.type(1)
     best, best_zero = np.ones_like(scale_GN), zero_GN.copy()
     best_score = np.full_like(scale_GN, -1)
-    steps = _scratch.like(u_GbN, "steps")
+    steps = scratch.like(u_GbN, "steps")
 
     def attempt(factor: Any, zero: Floats) -> None:
         np.multiply(u_GbN, one / factor, out=steps)
@@ -289,7 +301,7 @@ def code_matrix(
             missing = (part.stop - block) * block_size - w_KN.shape[0]
             if missing:
                 w_KN = np.pad(w_KN, ((0, missing), (0, 0)))
-            w_GbN = _scratch.like(w_KN, "weights")
+            w_GbN = scratch.like(w_KN, "weights")
             np.copyto(w_GbN, w_KN)
             w_GbN = w_GbN.reshape(part.stop - block, block_size, -1)
             q_GbN, scale_GN, zero_GN, loss_GN = kernel(w_GbN, part)

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import OptionError, near_miss
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError, near_miss
 from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
 from onnxpress.compiler.nbits import (
     BITS,
@@ -67,6 +68,7 @@ class Site:
     embeddings: list[Embedding] = field(default_factory=list)
 
 
+FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")  # holders of which calibration sees the activation
 _ROLES = {*KINDS, "embedding"}
 # Options that an override may have, with their values
 OVERRIDABLE: dict[str, tuple[Any, ...]] = {
@@ -329,6 +331,29 @@ def rounded(
         for site in context.track(sites, label):
             # A finished future would keep its arrays alive.
             yield site, futures.pop(id(site)).result()
+
+
+def calibration_windows(
+    model: ir.Model,
+    wanted: list[Linear],
+    site_of: dict[int, Site],
+    context: Context,
+    report: Report,
+    tokens: int,
+    length: int,
+) -> list[dict[str, Any]]:
+    """Inputs of the model for each window of calibration text; what was read goes to the report.
+
+    Raises:
+        UnsupportedModelError: the CPU cannot compute what some of `wanted` read.
+    """
+    if any(site_of[id(linear)].dtype == ir.DataType.BFLOAT16 for linear in wanted):
+        raise UnsupportedModelError(
+            "text is streamed on the CPU, which has no kernels for bfloat16",
+            hint="use --target cuda (float16), or rtn",
+        )
+    ids_WS, report.calibration = context.calibration.windows(tokens, length)
+    return feeds(model.graph, ids_WS)
 
 
 @contextmanager
