@@ -5,8 +5,9 @@ error is split into a part that is shrunk to 0 unless it is large, and a rest th
 
 Paper:   Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023)
 Differs: errors are measured in steps, so the unit of the weights does not matter; the zero point is rounded to a whole
-         number, as MatMulNBits stores it, and the scale, there fixed, is fitted by the same splitting; several ranges
-         to start from; the results of `rtn` are among the candidates.
+         number, as MatMulNBits stores it, and the scale, there fixed, is fitted by the same splitting. It begins with
+         the whole range alone: from narrower ones the sum gets smaller and the model worse (outliers are given up).
+         The results of `rtn` are among the candidates.
 Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a block
 """
 
@@ -40,12 +41,11 @@ from onnxpress.passes.quantization._weight_only import Coded, Site, WeightOnly, 
 
 _BETA, _KAPPA = 10.0, 1.01  # weight of the quadratic part, in steps; its growth each round
 _SMALLEST = 1e-6  # error in steps from which on it is 0: a negative power of it must stay finite
-_TIGHTER = (0.92, 0.85)  # ranges to start from beside the whole one and that of least squares
 _FITS = 3  # rounds in which the scale is fitted, the zero point being whole
 
 
 def hqq(
-    w_GbN: Floats, *, bits: int, symmetric: bool, scale_dtype: np.dtype[Any], p: float = 0.7, rounds: int = 5
+    w_GbN: Floats, *, bits: int, symmetric: bool, scale_dtype: np.dtype[Any], p: float = 0.7, rounds: int = 20
 ) -> Rounded:
     """Codes and scales of blocks along axis 1: the least sum of |w - (code - zero) scale|^p that is found.
 
@@ -59,33 +59,24 @@ def hqq(
 
     Laws:   never a larger sum than that of `round_blocks`, "max" or "mse", on any block; a block on a grid that
             `round_blocks` reproduces is reproduced; twice the weights, the same codes and twice the scales.
-    Cost:   O(K N) for each round of four starts, with one power per weight.
+    Cost:   O(K N) for each round, with one power per weight.
     """
-    unit, middle = spread_range(w_GbN, bits, symmetric)
-    low = np.minimum(w_GbN.min(axis=1), 0)
+    unit, start_zero = spread_range(w_GbN, bits, symmetric)
     best: list[Floats] = []  # steps, scale, zero, sum of |error|^p
-    starts: list[tuple[Floats, Floats]] = []
-    for scales in ("max", "mse"):
+    for scales in ("mse", "max"):
         plain = round_blocks(w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype)
-        zero = middle if plain.zero_GN is None else plain.zero_GN.astype(w_GbN.dtype)
+        zero = start_zero if plain.zero_GN is None else plain.zero_GN.astype(w_GbN.dtype)
         scale = plain.scale_GN.astype(w_GbN.dtype)
         _keep(best, w_GbN, unit, plain.steps_GbN(bits, w_GbN.dtype), scale, zero, p)
-        starts.append((scale, zero))
-    for factor in _TIGHTER:
-        scale = unit * w_GbN.dtype.type(factor)
-        # The cut range keeps its centre.
-        zero = middle if symmetric else -low / scale - (1 - factor) / factor * (2**bits - 1) / 2
-        starts.append((scale, zero))
-    for start, zero in starts:
-        x_GbN = np.divide(w_GbN, start[:, None], out=scratch.like(w_GbN, "x"))
-        if symmetric:
-            candidates = [middle]
-        else:
-            below = np.floor(_zero_point(x_GbN, zero, bits, p, rounds))
-            candidates = [np.clip(one, 0, 2**bits - 1) for one in (below, below + 1)]
-        for candidate in candidates:
-            scale = stored_scale(_scale(x_GbN, candidate, bits, p) * start, scale_dtype)
-            _keep(best, w_GbN, unit, nearest_steps(w_GbN, scale, candidate, bits), scale, candidate, p)
+    x_GbN = np.divide(w_GbN, unit[:, None], out=scratch.like(w_GbN, "x"))
+    if symmetric:
+        candidates = [start_zero]
+    else:
+        below = np.floor(_zero_point(x_GbN, start_zero, bits, p, rounds))
+        candidates = [np.clip(one, 0, 2**bits - 1) for one in (below, below + 1)]
+    for zero in candidates:
+        scale = stored_scale(_scale(x_GbN, zero, bits, p) * unit, scale_dtype)
+        _keep(best, w_GbN, unit, nearest_steps(w_GbN, scale, zero, bits), scale, zero, p)
     steps, scale, zero, _ = best
     error = steps * scale[:, None] - w_GbN
     return as_stored(steps, scale, zero, dot(error, error), symmetric, scale_dtype)
@@ -159,12 +150,12 @@ class Hqq(WeightOnly):
     """Rounds weights to 2, 4 or 8 bits with least |error|^p, without data; options as in every weight-only pass."""
 
     p: float = 0.7  # in (0, 1): the smaller, the more a few large errors are preferred to many small ones
-    rounds: int = 5  # in which the zero points move
+    rounds: int = 20  # in which the zero points move
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(0 < self.p < 1, "p", "between 0 and 1", "0.7 suits most models")
-        self.check(self.rounds >= 0, "rounds", "0 or more", "5 suits most models")
+        self.check(self.rounds >= 0, "rounds", "0 or more", "20 suits most models")
 
     @classmethod
     def example(cls, model: ir.Model) -> Hqq:

@@ -60,15 +60,19 @@ def test_law_never_worse_than_rounding(w: Array, form: tuple[int, bool, str], sc
     assert (loss(fit(w, form, p=p), bits, w, p) <= loss(plain, bits, w, p) * (1 + 1e-9) + residue).all()
 
 
-@pytest.mark.parametrize(
-    ("bits", "symmetric", "gain"),
-    [(2, True, 0.98), (2, False, 0.97), (4, True, 0.97), (4, False, 0.97), (8, True, 0.993), (8, False, 0.993)],
-)
-def test_splitting_gains_over_rounding(bits: int, symmetric: bool, gain: float) -> None:
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_splitting_gains_over_rounding(bits: int, symmetric: bool) -> None:
     w = np.random.default_rng(0).standard_t(5, (8, 32, 256))
-    plain = round_blocks(w, bits=bits, symmetric=symmetric, scales="mse", scale_dtype=np.dtype("float32"))
-    found = fit(w, (bits, symmetric, "float32"))
-    assert loss(found, bits, w).sum() <= gain * loss(plain, bits, w).sum()
+    form = bits, symmetric, "float32"
+    rounded = [
+        round_blocks(w, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=np.dtype("float32"))
+        for scales in ("mse", "max")
+    ]
+    least = np.minimum(*(loss(one, bits, w) for one in rounded))
+    found = loss(fit(w, form), bits, w)
+    assert found.sum() < least.sum()
+    assert (found < 0.999 * least).mean() > 0.02, "in some blocks neither rounding is the best"
 
 
 @few
