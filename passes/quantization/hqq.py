@@ -13,7 +13,6 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,5 +168,8 @@ class Hqq(WeightOnly):
     def _coded(self, site: Site) -> Coded:
         bits, block_size, symmetric, _ = site.format
         form: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": site.dtype.numpy()}
-        kernel = functools.partial(hqq, **form, p=self.p, rounds=self.rounds)
-        return Coded(*code_matrix(site.read(), lambda w_GbN, _: kernel(w_GbN), block_size=block_size, **form))
+
+        def kernel(w_GbN: Floats, part: slice) -> Rounded:
+            return hqq(w_GbN, p=self.p, rounds=self.rounds, **form)
+
+        return Coded(*code_matrix(site.read(), kernel, block_size=block_size, **form))
