@@ -42,9 +42,13 @@ def console() -> Console:
     """Where results go."""
     from rich.console import Console
 
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich's own ends the process with exit code 1
+            raise BrokenPipeError
+
     # Lines of a file or pipe are not wrapped; only tables need a width.
     is_terminal = sys.stdout.isatty()
-    return Console(highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 160)
+    return Piped(highlight=False, soft_wrap=not is_terminal, width=None if is_terminal else 160)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> RenderableType:

@@ -284,9 +284,10 @@ def test_help_is_quick_and_heavy_packages_stay_out() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(source: Path) -> None:
-    command = f"'{sys.executable}' -m onnxpress inspect '{source}' --json | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    for options in ("--json", "--blocks"):
+        command = f"'{sys.executable}' -m onnxpress inspect '{source}' {options} | head -c 1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
 
 
 def test_an_encoder_shows_its_cosine_instead_of_a_perplexity() -> None:
