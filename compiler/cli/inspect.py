@@ -101,7 +101,9 @@ def _show_ledger(console: Console, found: Ledger) -> None:
     console.print(escape(found.note))
     console.print("int8 activations: what they add inside MatMulNBits, on random activations, once for each size")
     if found.share_of != "output_error":
-        console.print(escape("errors of outputs need text: gptq, or kquant(importance='activations')"))
+        console.print(
+            escape("errors of outputs need text: quantize with ledger_tokens=4096, such as rtn(ledger_tokens=4096)")
+        )
 
 
 def _percent(share: float | None) -> str:

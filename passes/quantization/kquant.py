@@ -14,7 +14,6 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,6 @@ import onnx_ir as ir
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
-from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import (
     Floats,
     Rounded,
@@ -41,7 +39,15 @@ from onnxpress.passes.quantization._rounding import (
     spread_range,
     stored_scale,
 )
-from onnxpress.passes.quantization._weight_only import FLOATS, Coded, Site, WeightOnly, calibration_windows, rounded
+from onnxpress.passes.quantization._weight_only import (
+    FLOATS,
+    Coded,
+    Site,
+    WeightOnly,
+    calibration_windows,
+    output_error,
+    rounded,
+)
 
 # Ranges that are tried: how many steps more than there are levels span the weights of a block.
 _STEPS: dict[int, tuple[float, ...]] = {
@@ -225,20 +231,17 @@ class Kquant(WeightOnly):
         with Calibration(model, windows, wanted, context.work_dir) as run:
             for stage in context.track(run.stages, self.name()):
                 group = run.observe(stage)
-                moments_KK = group.stats.hessian_KK.astype(np.float32)
                 for linear in group.linears:
                     site = site_of[id(linear)]
                     if id(site) in done:  # where layers share a weight, the first of them decides
                         continue
                     done.add(id(site))
-                    if not np.isfinite(moments_KK).all():
+                    if not np.isfinite(group.stats.gram_KK).all():
                         yield id(site), None
                         continue
                     coded = _coded(site, group.stats.importance_K)
-                    w_NK = site.read()
-                    energy = quadratic(w_NK.T, moments_KK)
-                    error = quadratic((coded.matrix.w_NK() - w_NK).T, moments_KK)
-                    yield id(site), coded._replace(facts={"output_error": math.sqrt(error / energy) if energy else 0.0})
+                    error = output_error(site.read(), coded.matrix.w_NK(), group.stats)
+                    yield id(site), coded._replace(facts={"output_error": error})
 
 
 def _coded(site: Site, importance_K: Floats | None = None) -> Coded:

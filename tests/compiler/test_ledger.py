@@ -6,15 +6,19 @@ import json
 import math
 from typing import Any
 
+import graphs
+import numpy as np
 import pytest
 from decoders import decoder
 
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration_text import CalibrationText
-from onnxpress.compiler.errors import UnsupportedModelError
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.inspect import read_ledger
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.report import Card, pass_row
+from onnxpress.compiler.stats import Stats
+from onnxpress.passes.quantization._weight_only import output_error
 
 
 def row(site: str, **facts: Any) -> dict[str, Any]:
@@ -74,7 +78,12 @@ def test_a_card_without_rows_is_refused_with_a_hint(made: Card) -> None:
 
 @pytest.mark.parametrize(
     "passes, has_outputs",
-    [("rtn", False), ("hqq", False), ("kquant(importance='activations', tokens=64, length=16)", True)],
+    [
+        ("rtn", False),
+        ("hqq", False),
+        ("hqq(ledger_tokens=64)", True),
+        ("kquant(importance='activations', tokens=64, length=16)", True),
+    ],
 )
 def test_every_pass_that_quantizes_fills_it(passes: str, has_outputs: bool) -> None:
     context = Context(calibration=CalibrationText(vocab_size=60))
@@ -87,3 +96,31 @@ def test_every_pass_that_quantizes_fills_it(passes: str, has_outputs: bool) -> N
     for one in found.rows:
         assert one.snr_db == pytest.approx(-20 * math.log10(one.weight_error or 1))
         assert (one.activation_error or 0.0) >= 0
+
+
+def test_an_output_error_is_that_of_the_product() -> None:
+    rng = np.random.default_rng(0)
+    w_NK, x_TK = rng.standard_normal((8, 16)), rng.standard_normal((40, 16)) * np.linspace(0, 3, 16)
+    q_NK = w_NK + 0.1 * rng.standard_normal((8, 16))
+    stats = Stats(16)
+    stats.update(x_TK)
+    want = np.linalg.norm(x_TK @ (q_NK - w_NK).T) / np.linalg.norm(x_TK @ w_NK.T)
+    assert output_error(w_NK.astype(np.float32), q_NK.astype(np.float32), stats) == pytest.approx(want, rel=1e-4)
+
+
+def test_text_for_the_ledger_changes_no_code_and_gptq_keeps_its_own_errors() -> None:
+    def done(passes: str) -> tuple[bytes, dict[str, float | None]]:
+        model, context = decoder(layers=1), Context(calibration=CalibrationText(vocab_size=60))
+        ((pass_, report),) = pipeline.run(model, pipeline.parse(passes), context)
+        found = read_ledger({"passes": [pass_row(pass_, report)]})
+        assert bool(report.calibration) == ("tokens" in passes)
+        return graphs.text(model), {one.site: one.output_error for one in found.rows}
+
+    (plain, nothing), (measured, errors) = done("rtn"), done("rtn(ledger_tokens=32)")
+    assert plain == measured
+    assert set(nothing.values()) == {None}
+    assert all(error is not None and 0 < error < 0.5 for site, error in errors.items() if site != "embedding")
+    text = "tokens=64, length=16"
+    assert done(f"gptq({text})")[1] == done(f"gptq({text}, ledger_tokens=16)")[1]
+    with pytest.raises(OptionError, match="ledger_tokens"):
+        pipeline.parse("rtn(ledger_tokens=-1)")
