@@ -145,6 +145,27 @@ def test_the_zero_point_is_where_a_plain_loop_ends() -> None:
     assert zero != start
 
 
+def test_the_scale_is_where_a_plain_loop_ends() -> None:
+    """Least squares on what shrinking leaves, with a whole zero point; plain least squares end elsewhere."""
+    w = np.random.default_rng(5).standard_normal(32)
+    x, zero = w / ((w.max() - w.min()) / 15), 7.0
+    ends = []
+    for is_plain in (False, True):
+        scale, beta = 1.0, 10.0
+        for _ in range(3):
+            steps = np.clip(np.rint(x / scale), -zero, 15 - zero)
+            error = x - scale * steps
+            size = np.maximum(np.abs(error), 1e-6)
+            kept = np.sign(error) * np.maximum(size - size**-0.3 / beta, 0)
+            target = x if is_plain else x - kept
+            scale = float(steps @ target / (steps @ steps))
+            beta *= 1.01
+        ends.append(scale)
+    got = module._scale(x[None, :, None], np.array([[zero]]), 4, 0.7)
+    np.testing.assert_allclose(got, [[ends[0]]], rtol=1e-9)
+    assert abs(ends[0] - ends[1]) > 1e-4
+
+
 def test_an_outlier_is_given_up() -> None:
     """With p < 1 weights that lie on a grid but for one are hit, and the one has all of the error."""
     w = np.arange(-8.0, 8.0).repeat(2)[None, :, None] * 0.25
