@@ -230,9 +230,8 @@ class WeightOnly(Pass):
         wanted = [linear for linear in linears if id(linear) in site_of]
         errors: dict[int, float] = {}
         if wanted:
-            tokens, seen = self.ledger_tokens, report.calibration
+            tokens = self.ledger_tokens
             windows = calibration_windows(model, wanted, site_of, context, report, tokens, min(tokens, _LEDGER_LENGTH))
-            report.calibration = seen or report.calibration
             with Calibration(model, windows, wanted, context.work_dir) as run:
                 for stage in context.track(run.stages, "ledger"):
                     group = run.observe(stage)
