@@ -11,7 +11,7 @@ from onnxpress.compiler.cli.common import Json, ModelArgument, Quiet, emit, esca
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxpress.compiler.inspect import Summary
+    from onnxpress.compiler.inspect import Ledger, Summary
 
 _MAX_NAMES = 6  # inputs or outputs listed in full
 
@@ -23,10 +23,16 @@ def inspect(
         str | None,
         typer.Option(metavar="cpu|cuda", help="Also plan a session: which operators run where.", show_default="not"),
     ] = None,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Of an artifact: what each quantized matrix lost, and nothing else.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show architecture, blocks, parameters, bytes, operators, the cost of a token. Checkpoints are exported first."""
+    if ledger:
+        _ledger(path, blocks or placement is not None, as_json, quiet)
+        return
     import tempfile
     from pathlib import Path
 
@@ -49,6 +55,59 @@ def inspect(
             _show_placement(console, facts["placement"])
 
     emit(facts, as_json=as_json, quiet=quiet, show=show)
+
+
+def _ledger(path: str, has_others: bool, as_json: bool, quiet: bool) -> None:
+    from onnxpress.compiler.artifact import open_artifact
+    from onnxpress.compiler.errors import OptionError
+    from onnxpress.compiler.inspect import read_ledger
+
+    if has_others:
+        raise OptionError("--ledger: shows the ledger alone", hint="run inspect once more for --blocks and --placement")
+    found = read_ledger(open_artifact(path).report)
+    facts = {"path": path, **found.to_json()}
+    emit(facts, as_json=as_json, quiet=quiet, show=lambda console: _show_ledger(console, found))
+
+
+def _show_ledger(console: Console, found: Ledger) -> None:
+    columns = (
+        "matrix",
+        "N x K",
+        "bits",
+        "block",
+        "bytes",
+        "SNR, dB",
+        "weights",
+        "outputs",
+        "int8 activations",
+        "share",
+    )
+    rows = [
+        (
+            row.site,
+            " x ".join(map(str, row.shape)),
+            row.bits,
+            row.block_size,
+            size(row.bytes),
+            "exact" if row.snr_db is None else f"{row.snr_db:.1f}",
+            _percent(row.weight_error),
+            _percent(row.output_error),
+            _percent(row.activation_error),
+            _percent(row.share),
+        )
+        for row in found.rows
+    ]
+    console.print(table("ledger: relative errors, largest share first", columns, rows))
+    console.print(escape(found.note))
+    console.print("int8 activations: what they add inside MatMulNBits, on random activations, once for each size")
+    if found.share_of != "output_error":
+        console.print(
+            escape("errors of outputs need text: quantize with ledger_tokens=4096, such as rtn(ledger_tokens=4096)")
+        )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def _provenance(facts: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,6 @@ import onnxruntime as ort
 
 from onnxpress.compiler import calibration, packing
 from onnxpress.compiler.calibration import Calibration, Group
-from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
@@ -34,11 +32,18 @@ from onnxpress.passes.quantization import _grids, _rounding
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import Floats, fit_grid
 from onnxpress.passes.quantization._rounding import pack_columns, stored_scale
-from onnxpress.passes.quantization._weight_only import Coded, Format, Site, WeightOnly, rounded
+from onnxpress.passes.quantization._weight_only import (
+    FLOATS,
+    Coded,
+    Format,
+    Site,
+    WeightOnly,
+    calibration_windows,
+    rounded,
+)
 
 _ROWS = 4096  # rows of a matrix that are worked on at a time: bounds memory for a head
 _TOKENS_PER_FEATURE = 5  # from which on the damping is what was asked for
-_FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +68,12 @@ class Calibrated(WeightOnly):
     def code(
         self, model: ir.Model, sites: list[Site], linears: list[Linear], context: Context, report: Report
     ) -> Iterator[tuple[Site, Coded]]:
-        site_of = {id(linear): site for site in sites for linear in site.linears if linear.holder in _FLOATS}
+        site_of = {id(linear): site for site in sites for linear in site.linears if linear.holder in FLOATS}
         wanted = [linear for linear in linears if id(linear) in site_of]
         found: dict[int, Coded] = {}
         unfit: set[int] = set()
-        if any(site_of[id(linear)].dtype == ir.DataType.BFLOAT16 for linear in wanted):
-            raise UnsupportedModelError(
-                "text is streamed on the CPU, which has no kernels for bfloat16",
-                hint="use --target cuda (float16), or rtn",
-            )
         if wanted:
-            ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
-            windows = feeds(model.graph, ids_WS)
+            windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
             section = context.journal.section(str(self), context.target.name, _identity())
             with Calibration(model, windows, wanted, context.work_dir) as run:
                 for number, stage in enumerate(context.track(run.stages, self.name())):

@@ -8,7 +8,8 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,12 +55,39 @@ class _Scratch(threading.local):
         return flat[: template.size].reshape(template.shape)
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
+
+
+class Rounded(NamedTuple):
+    """Blocks as they are stored.
+
+    Attributes:
+        codes_GbN: uint8, unsigned.
+        scale_GN: weight per step, in its storage type.
+        zero_GN: uint8, the code that stands for 0; None for 2^(bits - 1) everywhere.
+        loss_GN: squared error of each block.
+    """
+
+    codes_GbN: Codes
+    scale_GN: Floats
+    zero_GN: Codes | None
+    loss_GN: Floats
+
+    def steps_GbN(self, bits: int, dtype: np.dtype[Any]) -> Floats:  # noqa: N802
+        """Signed steps, code - zero, as floats."""
+        middle = 2 ** (bits - 1) if self.zero_GN is None else self.zero_GN[:, None].astype(dtype)
+        steps: Floats = self.codes_GbN.astype(dtype)
+        steps -= middle
+        return steps
+
+
+# Codes of the blocks [G, b, N] that a slice of all G blocks of a row holds
+Kernel = Callable[[Floats, slice], Rounded]
 
 
 def round_blocks(
     w_GbN: Floats, *, bits: int, symmetric: bool, scales: Literal["max", "mse"], scale_dtype: np.dtype[Any]
-) -> tuple[Codes, Floats, Codes | None, Floats]:
+) -> Rounded:
     """Codes and scales of blocks that lie along axis 1.
 
     Args:
@@ -70,55 +98,61 @@ def round_blocks(
         scale_dtype: type in which scales are stored.
 
     Returns:
-        codes_GbN: uint8, unsigned.
-        scale_GN: weight per step, `scale_dtype`; negative where the largest weight is positive.
-        zero_GN: uint8, None when symmetric.
-        loss_GN: squared error of each block, type of `w_GbN`.
+        Codes, scales (negative where the largest weight of a symmetric block is positive), zero points, and the squared
+        error of each block in the type of `w_GbN`.
 
     Laws:   |w - (code - zero) scale| <= |scale| / 2 with "max", asymmetric, and for all but the end opposite to the
             largest weight when symmetric; "mse" never has a larger error than "max" on any block, but for the last bits
             of the scale; a block on a grid of integers that uses the whole range is reproduced.
     Cost:   O(K N) for each start, about 1 ns a weight and start.
     """
-    scale_GN, zero_GN = _range(w_GbN, bits, symmetric)
+    scale_GN, zero_GN = spread_range(w_GbN, bits, symmetric)
     best, zero = stored_scale(scale_GN, scale_dtype), zero_GN
     if scales == "mse":
         start = best
         found, zero = _search(w_GbN, scale_GN, zero_GN, bits, symmetric)
         best = stored_scale(found, scale_dtype)
-        steps = _steps(w_GbN, best, zero, bits)
-        best = _refit(steps, w_GbN, best, scale_dtype)
+        steps = nearest_steps(w_GbN, best, zero, bits)
+        best = refit(steps, w_GbN, best, scale_dtype)
     else:
-        steps = _steps(w_GbN, best, zero, bits)
+        steps = nearest_steps(w_GbN, best, zero, bits)
     loss = _loss(w_GbN, steps, best)
     if scales == "mse" and scale_dtype.itemsize < w_GbN.dtype.itemsize:
         # Rounded to a narrower type, the scale found may do worse than the one that the search began with.
-        plain = _steps(w_GbN, start, zero_GN, bits, "plain")
+        plain = nearest_steps(w_GbN, start, zero_GN, bits, "plain")
         plain_loss = _loss(w_GbN, plain, start)
         worse = plain_loss < loss
         best, zero = np.where(worse, start, best), np.where(worse, zero_GN, zero)
         loss = np.where(worse, plain_loss, loss)
         np.copyto(steps, plain, where=worse[:, None])
-    codes = np.empty(steps.shape, np.uint8)
+    return as_stored(steps, best, zero, loss, symmetric, scale_dtype)
+
+
+def as_stored(
+    steps_GbN: Floats, scale_GN: Floats, zero_GN: Floats, loss_GN: Floats, symmetric: bool, scale_dtype: np.dtype[Any]
+) -> Rounded:
+    """Signed steps and whole zero points, all floats, in the types in which they are stored."""
+    codes = np.empty(steps_GbN.shape, np.uint8)
     with np.errstate(invalid="ignore"):  # of weights that are not finite; the caller sees it in the loss
-        np.add(steps, zero[:, None], out=codes, casting="unsafe")
-        zeros = None if symmetric else zero.astype(np.uint8)
-    return codes, best.astype(scale_dtype), zeros, loss
+        np.add(steps_GbN, zero_GN[:, None], out=codes, casting="unsafe")
+        zeros = None if symmetric else zero_GN.astype(np.uint8)
+    return Rounded(codes, scale_GN.astype(scale_dtype), zeros, loss_GN)
 
 
-def _range(w_GbN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
+def spread_range(w_GbN: Floats, bits: int, symmetric: bool) -> tuple[Floats, Floats]:
     """Scale and zero point that spread the levels over the weights of each block."""
     low, high = w_GbN.min(axis=1), w_GbN.max(axis=1)
     if symmetric:
         largest = np.where(-low > high, low, high)
         scale = largest / w_GbN.dtype.type(-(2 ** (bits - 1)))
-        return _nonzero(scale), np.full_like(scale, 2 ** (bits - 1))
+        return nonzero(scale), np.full_like(scale, 2 ** (bits - 1))
     low, high = np.minimum(low, 0), np.maximum(high, 0)
-    scale = _nonzero((high - low) / w_GbN.dtype.type(2**bits - 1))
+    scale = nonzero((high - low) / w_GbN.dtype.type(2**bits - 1))
     return scale, np.clip(np.rint(-low / scale), 0, 2**bits - 1)
 
 
-def _nonzero(scale: Floats) -> Floats:
+def nonzero(scale: Floats) -> Floats:
+    """1 in the place of 0, to divide by."""
     return np.where(scale == 0, scale.dtype.type(1), scale)
 
 
@@ -129,33 +163,44 @@ def stored_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
     return safe.astype(dtype).astype(scale.dtype)
 
 
-def _steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, name: str = "steps") -> Floats:
+def nearest_steps(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, name: str = "steps") -> Floats:
     """Signed steps code - zero of each weight, in scratch memory called `name`."""
-    steps: Floats = np.divide(w_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, name))
-    _clip_to_steps(steps, zero_GN, bits)
+    steps: Floats = np.divide(w_GbN, scale_GN[:, None], out=scratch.like(w_GbN, name))
+    clip_to_steps(steps, zero_GN, bits)
     return steps
 
 
 def _loss(w_GbN: Floats, steps_GbN: Floats, scale_GN: Floats) -> Floats:
     """Squared error of each block."""
-    error = np.multiply(steps_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, "floats"))
+    error = np.multiply(steps_GbN, scale_GN[:, None], out=scratch.like(w_GbN, "floats"))
     error -= w_GbN
-    return _dot(error, error)
+    return dot(error, error)
 
 
-def _refit(steps_GbN: Floats, w_GbN: Floats, scale_GN: Floats, dtype: np.dtype[Any]) -> Floats:
-    """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored."""
-    product, square = _dot(steps_GbN, w_GbN), _dot(steps_GbN, steps_GbN)
+def refit(
+    steps_GbN: Floats,
+    w_GbN: Floats,
+    scale_GN: Floats,
+    dtype: np.dtype[Any],
+    weighted_GbN: Floats | None = None,
+) -> Floats:
+    """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored.
+
+    Where some weights count for more, `weighted_GbN` are the steps times how much they count.
+    """
+    weighted = steps_GbN if weighted_GbN is None else weighted_GbN
+    product, square = dot(weighted, w_GbN), dot(weighted, steps_GbN)
     scale = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
     return np.where(np.abs(scale) < _SMALLEST[dtype == np.float16], scale_GN, stored_scale(scale, dtype))
 
 
-def _dot(a_GbN: Floats, b_GbN: Floats) -> Floats:
+def dot(a_GbN: Floats, b_GbN: Floats) -> Floats:
+    """Sum of products over each block, [G, N]."""
     product: Floats = np.einsum("gbn,gbn->gn", a_GbN, b_GbN)
     return product
 
 
-def _clip_to_steps(x_GbN: Floats, zero_GN: Floats, bits: int) -> None:
+def clip_to_steps(x_GbN: Floats, zero_GN: Floats, bits: int) -> None:
     """Rounds to whole steps that have a code, in place."""
     np.rint(x_GbN, out=x_GbN)
     levels, zero = 2**bits - 1, zero_GN.flat[0]
@@ -174,20 +219,20 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
     start, and steps rounded anew to a refitted scale are no worse than those it was fitted to: so the result is never
     worse than the given scale. All this in units of the given scale, in which a start is one number for all blocks.
     """
-    u_GbN = np.divide(w_GbN, scale_GN[:, None], out=_scratch.like(w_GbN, "floats"))
+    u_GbN = np.divide(w_GbN, scale_GN[:, None], out=scratch.like(w_GbN, "floats"))
     one = scale_GN.dtype.type(1)
     best, best_zero = np.ones_like(scale_GN), zero_GN.copy()
     best_score = np.full_like(scale_GN, -1)
-    steps = _scratch.like(u_GbN, "steps")
+    steps = scratch.like(u_GbN, "steps")
 
     def attempt(factor: Any, zero: Floats) -> None:
         np.multiply(u_GbN, one / factor, out=steps)
-        _clip_to_steps(steps, zero, bits)
-        product, square = _dot(steps, u_GbN), np.maximum(_dot(steps, steps), 1)
+        clip_to_steps(steps, zero, bits)
+        product, square = dot(steps, u_GbN), np.maximum(dot(steps, steps), 1)
         score = product * product / square
         better = score > best_score
         np.copyto(best_score, score, where=better)
-        np.copyto(best, _nonzero(product / square), where=better)
+        np.copyto(best, nonzero(product / square), where=better)
         np.copyto(best_zero, zero, where=better)
 
     attempt(one, zero_GN)
@@ -205,7 +250,7 @@ def _search(w_GbN: Floats, scale_GN: Floats, zero_GN: Floats, bits: int, symmetr
                 attempt(one * factor, np.clip(np.rint(zero + shift), 0, 2**bits - 1))
     if bits == 8:  # beside so many starts one more refit is cheap
         attempt(best[:, None].copy(), best_zero.copy())
-    return _nonzero(best * scale_GN), best_zero
+    return nonzero(best * scale_GN), best_zero
 
 
 def round_matrix(
@@ -217,7 +262,24 @@ def round_matrix(
     scales: Literal["max", "mse"],
     scale_dtype: np.dtype[Any],
 ) -> tuple[CodedMatrix, float, float]:
-    """`round_blocks` over a whole matrix, in pieces that fit the cache; the last block of a row is padded with zeros.
+    """`round_blocks` over a whole matrix, as `code_matrix` does it."""
+
+    def kernel(w_GbN: Floats, part: slice) -> Rounded:
+        return round_blocks(w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype)
+
+    return code_matrix(w_NK, kernel, bits=bits, block_size=block_size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def code_matrix(
+    w_NK: Floats, kernel: Kernel, *, bits: int, block_size: int, symmetric: bool, scale_dtype: np.dtype[Any]
+) -> tuple[CodedMatrix, float, float]:
+    """A whole matrix by a kernel that knows blocks: in pieces that fit the cache, the last block padded with zeros.
+
+    Args:
+        w_NK: weights, float32 or float64. Not changed.
+        kernel: gives the codes of a piece; the slice says which blocks of a row the piece has.
+        bits, block_size, symmetric: of the codes.
+        scale_dtype: type in which scales are stored.
 
     Returns:
         The coded matrix, its squared error and the squared norm of `w_NK`.
@@ -239,18 +301,16 @@ def round_matrix(
             missing = (part.stop - block) * block_size - w_KN.shape[0]
             if missing:
                 w_KN = np.pad(w_KN, ((0, missing), (0, 0)))
-            w_GbN = _scratch.like(w_KN, "weights")
+            w_GbN = scratch.like(w_KN, "weights")
             np.copyto(w_GbN, w_KN)
             w_GbN = w_GbN.reshape(part.stop - block, block_size, -1)
-            q_GbN, scale_GN, zero_GN, loss_GN = round_blocks(
-                w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype
-            )
+            q_GbN, scale_GN, zero_GN, loss_GN = kernel(w_GbN, part)
             codes[band, part] = pack_columns(q_GbN, bits).transpose(2, 0, 1)
             scale[band, part] = scale_GN.T
             if zero is not None and zero_GN is not None:
                 zero[band, part] = zero_GN.T
             loss += float(loss_GN.sum(dtype=np.float64))
-            norm += float(_dot(w_GbN, w_GbN).sum(dtype=np.float64))
+            norm += float(dot(w_GbN, w_GbN).sum(dtype=np.float64))
     packed = None if zero is None else packing.pack_zero_points(zero, bits)
     return CodedMatrix(codes, scale, packed, columns, bits, block_size), loss, norm
 

@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import OptionError, near_miss
+from onnxpress.compiler.calibration import Calibration
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError, near_miss
 from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
 from onnxpress.compiler.nbits import (
     BITS,
@@ -33,6 +36,8 @@ from onnxpress.compiler.nbits import (
 from onnxpress.compiler.other_weights import find_other_weights, node_format
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
+from onnxpress.compiler.stats import Stats
+from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
 
 
@@ -67,6 +72,8 @@ class Site:
     embeddings: list[Embedding] = field(default_factory=list)
 
 
+FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")  # holders of which calibration sees the activation
+_LEDGER_LENGTH = 1024  # tokens of a window of the ledger's text, at most
 _ROLES = {*KINDS, "embedding"}
 # Options that an override may have, with their values
 OVERRIDABLE: dict[str, tuple[Any, ...]] = {
@@ -96,6 +103,7 @@ class WeightOnly(Pass):
     head_block_size: int | None = None
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
     requantize: bool = False  # matrices that MatMulNBits or GatherBlockQuantized holds already: read back, rounded anew
+    ledger_tokens: int = 0  # of calibration text on which the error of every output is measured, for the ledger
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
     # Role ("gate_up") or pattern of names ("block0.*") to options of its own: {"gate_up": {"block_size": 64}}. The last
     # one that fits counts. A role that the model lacks is no error, a pattern without a match is.
@@ -114,6 +122,7 @@ class WeightOnly(Pass):
                 f"{self.name()}: accuracy_level={self.accuracy_level} has no fast kernel for {self.bits} bits on a CPU",
                 hint="leave it at 4, or use bits=4",
             )
+        self.check(self.ledger_tokens >= 0, "ledger_tokens", "0 or more", "4096 suits most models")
         for name, changes in self.overrides.items():
             for option, value in changes.items():
                 self.check(option in self.overridable, "overrides", f"of the options {', '.join(self.overridable)}")
@@ -165,7 +174,10 @@ class WeightOnly(Pass):
             self._check_kernel(site.format, context.target.provider)
         loss = norm = 0.0
         weights = nbytes = 0
-        for site, coded in self.code(model, sites, linears, context, report):
+        done = self.code(model, sites, linears, context, report)
+        if self.ledger_tokens:
+            done = self._with_output_errors(model, [*done], linears, context, report)
+        for site, coded in done:
             if not math.isfinite(coded.norm):
                 report.skip(site.name, "weights are not finite")
                 continue
@@ -203,6 +215,35 @@ class WeightOnly(Pass):
             context: target, seed, progress, text.
             report: of the run.
         """
+
+    def _with_output_errors(
+        self, model: ir.Model, done: list[tuple[Site, Coded]], linears: list[Linear], context: Context, report: Report
+    ) -> Iterator[tuple[Site, Coded]]:
+        """What `code` gave, with the errors that text shows added to its facts where they are not among them."""
+        codes = {id(site): coded for site, coded in done if "output_error" not in coded.facts}
+        site_of = {
+            id(linear): site
+            for site, _ in done
+            for linear in site.linears
+            if id(site) in codes and linear.holder in FLOATS
+        }
+        wanted = [linear for linear in linears if id(linear) in site_of]
+        errors: dict[int, float] = {}
+        if wanted:
+            tokens = self.ledger_tokens
+            windows = calibration_windows(model, wanted, site_of, context, report, tokens, min(tokens, _LEDGER_LENGTH))
+            with Calibration(model, windows, wanted, context.work_dir) as run:
+                for stage in context.track(run.stages, "ledger"):
+                    group = run.observe(stage)
+                    for linear in group.linears:
+                        site = site_of[id(linear)]
+                        if id(site) not in errors:  # where layers share a weight, the first of them counts
+                            error = output_error(site.read(), codes[id(site)].matrix.w_NK(), group.stats)
+                            if math.isfinite(error):
+                                errors[id(site)] = error
+        for site, coded in done:
+            facts = {**coded.facts, "output_error": errors[id(site)]} if id(site) in errors else coded.facts
+            yield site, coded._replace(facts=facts)
 
     def _check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
         names = [one.name for one in linears] + ["embedding"] * bool(embeddings)
@@ -312,20 +353,53 @@ class WeightOnly(Pass):
                 row["activation_error"] = errors.get(row["site"], 0.0)
 
 
-def rounded(sites: list[Site], context: Context, label: str) -> Iterator[tuple[Site, Coded]]:
-    """Sites rounded to the nearest, without data, on a thread per core."""
+def plain(site: Site) -> Coded:
+    """The codes of a site rounded to the nearest."""
+    return Coded(*round_matrix(site.read(), **site.format._asdict(), scale_dtype=site.dtype.numpy()))
+
+
+def rounded(
+    sites: list[Site], context: Context, label: str, code: Callable[[Site], Coded] = plain
+) -> Iterator[tuple[Site, Coded]]:
+    """Sites coded without data by `code`, on a thread per core."""
     with _workers() as pool:
         futures: dict[int, Future[Coded]] = {}
         # Large matrices first: one that starts last would keep a single core busy at the end.
         for site in sorted(sites, key=lambda one: one.shape[0] * one.shape[1] < 1 << 22):
-            futures[id(site)] = pool.submit(_round, site)
+            futures[id(site)] = pool.submit(code, site)
         for site in context.track(sites, label):
             # A finished future would keep its arrays alive.
             yield site, futures.pop(id(site)).result()
 
 
-def _round(site: Site) -> Coded:
-    return Coded(*round_matrix(site.read(), **site.format._asdict(), scale_dtype=site.dtype.numpy()))
+def output_error(w_NK: Floats, q_NK: Floats, stats: Stats) -> float:
+    """||(Q - W) X|| / ||W X|| of a matrix and its quantized form, by the second moments of what it reads."""
+    moments_KK = stats.hessian_KK.astype(np.float32)
+    energy = quadratic(w_NK.T, moments_KK)
+    return math.sqrt(quadratic((q_NK - w_NK).T, moments_KK) / energy) if energy > 0 else 0.0
+
+
+def calibration_windows(
+    model: ir.Model,
+    wanted: list[Linear],
+    site_of: dict[int, Site],
+    context: Context,
+    report: Report,
+    tokens: int,
+    length: int,
+) -> list[dict[str, Any]]:
+    """Inputs of the model for each window of calibration text; what was read goes to the report.
+
+    Raises:
+        UnsupportedModelError: the CPU cannot compute what some of `wanted` read.
+    """
+    if any(site_of[id(linear)].dtype == ir.DataType.BFLOAT16 for linear in wanted):
+        raise UnsupportedModelError(
+            "text is streamed on the CPU, which has no kernels for bfloat16",
+            hint="use --target cuda (float16), or rtn without ledger_tokens",
+        )
+    ids_WS, report.calibration = context.calibration.windows(tokens, length)
+    return feeds(model.graph, ids_WS)
 
 
 @contextmanager

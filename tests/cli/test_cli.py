@@ -86,6 +86,23 @@ def test_inspect(run: Run, artifact: Path) -> None:
     assert "LlamaForCausalLM" in out
 
 
+def test_inspect_ledger(run: Run, artifact: Path, source: Path) -> None:
+    found = facts(run("inspect", artifact, "--ledger", "--json"))
+    shares = [row["share"] for row in found["rows"]]
+    assert shares == sorted(shares, reverse=True)
+    assert {"site", "snr_db", "weight_error", "output_error", "activation_error", "share"} <= found["rows"][0].keys()
+    code, out, _ = run("inspect", artifact, "--ledger")
+    assert code == 0
+    assert out.index(found["rows"][0]["site"]) < out.index(found["rows"][-1]["site"])
+    assert "not of the KL" in out
+    code, _, err = run("inspect", source, "--ledger")
+    assert code == 2
+    assert "hint: write one" in err
+    code, _, err = run("inspect", artifact, "--ledger", "--blocks")
+    assert code == 2
+    assert "--ledger" in err
+
+
 def test_eval_with_a_reference(run: Run, artifact: Path, source: Path, tmp_path: Path) -> None:
     found = facts(run("eval", artifact, "--context", 32, "--tokens", 96, "--json"))
     assert found["tokens"] == 96
@@ -278,9 +295,10 @@ def test_help_is_quick_and_heavy_packages_stay_out() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(source: Path) -> None:
-    command = f"'{sys.executable}' -m onnxpress inspect '{source}' --json | head -c 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    for options in ("--json", "--blocks"):
+        command = f"'{sys.executable}' -m onnxpress inspect '{source}' {options} | head -c 1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
 
 
 def test_an_encoder_shows_its_cosine_instead_of_a_perplexity() -> None:
