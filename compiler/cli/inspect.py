@@ -77,6 +77,7 @@ def _show_ledger(console: Console, found: Ledger) -> None:
         "block",
         "bytes",
         "SNR, dB",
+        "KL alone",
         "weights",
         "outputs",
         "int8 activations",
@@ -90,6 +91,7 @@ def _show_ledger(console: Console, found: Ledger) -> None:
             row.block_size,
             size(row.bytes),
             "exact" if row.snr_db is None else f"{row.snr_db:.1f}",
+            "" if row.expected_kl is None else f"{row.expected_kl:.5f}",
             _percent(row.weight_error),
             _percent(row.output_error),
             _percent(row.activation_error),
@@ -100,7 +102,7 @@ def _show_ledger(console: Console, found: Ledger) -> None:
     console.print(table("ledger: relative errors, largest share first", columns, rows))
     console.print(escape(found.note))
     console.print("int8 activations: what they add inside MatMulNBits, on random activations, once for each size")
-    if found.share_of != "output_error":
+    if all(row.output_error is None for row in found.rows):
         console.print(
             escape("errors of outputs need text: quantize with ledger_tokens=4096, such as rtn(ledger_tokens=4096)")
         )

@@ -7,8 +7,11 @@ It comes from the card: nothing is measured here. Errors are relative, in the se
                        pass looked at text
     activation_error   what int8 activations inside MatMulNBits add to its product, on random activations
 
-The share is that of a matrix in the sum of all squared output errors or, where no pass looked at text, of all squared
-weight errors. It is no share of the KL divergence: how much the error of a matrix weighs further on is not in it.
+    expected_kl        what rounding the matrix alone, in its format, adds to the KL divergence; `mixed` measures it
+
+The share is that of a matrix in the sum of the last column or, where `mixed` was not used, in that of all squared
+output errors or, where no pass looked at text, of all squared weight errors. The latter two are no shares of the KL
+divergence: how much the error of a matrix weighs further on is not in them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from onnxpress.compiler.errors import UnsupportedModelError
 from onnxpress.compiler.report import Card
 
 _NOTES = {
+    "expected_kl": "share: of the KL divergence, as measured for each matrix alone with plain rounding",
     "output_error": "share: of the sum of squared relative output errors on calibration text, not of the KL",
     "weight_error": "share: of the sum of squared relative weight errors, not of the KL",
 }
@@ -37,6 +41,7 @@ class LedgerRow:
         bits, block_size: of its codes.
         bytes: of codes, scales and zero points.
         snr_db: signal-to-noise ratio of the weights; None when they are exact.
+        expected_kl: nats per token; None when not measured.
         weight_error, output_error, activation_error: relative; None when not measured.
         share: of the loss, 0 to 1; None when it was not measured as for the others.
     """
@@ -49,6 +54,7 @@ class LedgerRow:
     block_size: int
     bytes: int
     snr_db: float | None
+    expected_kl: float | None
     weight_error: float | None
     output_error: float | None
     activation_error: float | None
@@ -61,7 +67,7 @@ class Ledger:
 
     Attributes:
         rows: at least one.
-        share_of: the column that shares are of: "output_error" or "weight_error".
+        share_of: the column that shares are of: "expected_kl", "output_error" or "weight_error".
     """
 
     rows: tuple[LedgerRow, ...]
@@ -93,9 +99,12 @@ def read_ledger(card: Card) -> Ledger:
             f"{card.get('name', 'the artifact')}: its card has no ledger: its passes quantized no matrix",
             hint="write one with a recipe or a pass that quantizes: onnxpress optimize MODEL -o DIR --recipe int4",
         )
-    has_output = any(_number(facts, "output_error") is not None for _, facts in found.values())
-    share_of = "output_error" if has_output else "weight_error"
-    total = sum((_number(facts, share_of) or 0.0) ** 2 for _, facts in found.values())
+    share_of = "weight_error"
+    if all("expected_kl" in facts for _, facts in found.values()):
+        share_of = "expected_kl"
+    elif any(_number(facts, "output_error") is not None for _, facts in found.values()):
+        share_of = "output_error"
+    total = sum(_loss(facts, share_of) or 0.0 for _, facts in found.values())
     rows = [_row(made_by, facts, share_of, total) for made_by, facts in found.values()]
     # Those without a share come last, and among them the largest weight error first.
     rows.sort(key=lambda row: (-1.0 if row.share is None else row.share, row.weight_error or 0.0), reverse=True)
@@ -103,7 +112,7 @@ def read_ledger(card: Card) -> Ledger:
 
 
 def _row(made_by: str, facts: dict[str, Any], share_of: str, total: float) -> LedgerRow:
-    error = _number(facts, share_of)
+    loss = _loss(facts, share_of)
     num_out, num_in = facts["shape"]
     return LedgerRow(
         site=facts["site"],
@@ -114,11 +123,18 @@ def _row(made_by: str, facts: dict[str, Any], share_of: str, total: float) -> Le
         block_size=facts["block_size"],
         bytes=facts["bytes"],
         snr_db=_number(facts, "snr_db"),
+        expected_kl=_number(facts, "expected_kl"),
         weight_error=_number(facts, "weight_error"),
         output_error=_number(facts, "output_error"),
         activation_error=_number(facts, "activation_error"),
-        share=None if error is None else error * error / total if total else 0.0,
+        share=None if loss is None else loss / total if total else 0.0,
     )
+
+
+def _loss(facts: dict[str, Any], share_of: str) -> float | None:
+    """What adds up: a divergence as it is, an error squared."""
+    value = _number(facts, share_of)
+    return value if value is None or share_of == "expected_kl" else value * value
 
 
 def _number(facts: dict[str, Any], name: str) -> float | None:

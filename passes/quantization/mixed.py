@@ -130,9 +130,10 @@ class Mixed(Pass):
         costs = {site.name: (item, index) for item, index in zip(items, chosen, strict=True) for site in item.sites}
         for row in report.ledger:
             item, index = costs[row["site"]]
-            row["measured_with"] = item.name
-            row["cost_rounded_4_bits"] = item.cost
-            row["expected_share"] = item.options[index].cost / expected if expected else 0.0
+            # What is measured together is divided evenly.
+            row["expected_kl" if sensitivity.measure == "KL divergence" else "expected_output_error"] = item.options[
+                index
+            ].cost / len(item.sites)
         report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
         report.metrics["expected_if_rounded"] = expected
         report.notes += _table(items, chosen, sensitivity.measure, expected)

@@ -47,6 +47,16 @@ def test_the_largest_output_error_comes_first_whatever_the_weights_lost() -> Non
     assert "not of the KL" in found.note
 
 
+def test_a_measured_divergence_counts_before_all_errors() -> None:
+    found = read_ledger(
+        card(row("a", output_error=0.3, expected_kl=0.01), row("b", output_error=0.1, expected_kl=0.03), name="mixed")
+    )
+    assert [one.site for one in found.rows] == ["b", "a"]
+    assert [one.share for one in found.rows] == pytest.approx([0.75, 0.25])
+    assert found.share_of == "expected_kl"
+    assert "of the KL divergence" in found.note
+
+
 def test_without_text_shares_are_those_of_the_weights() -> None:
     found = read_ledger(card(row("a", weight_error=0.1, activation_error=0.05), row("b", weight_error=0.3)))
     assert [one.site for one in found.rows] == ["b", "a"]

@@ -130,7 +130,7 @@ def test_a_matrix_without_a_say_gets_the_fewest_bits() -> None:
     silent = [row for name, row in rows.items() if name.startswith("block1.")]
     assert len(silent) == 3
     assert all((row["bits"], row["block_size"]) == (4, 128) for row in silent)
-    assert sum(row["expected_share"] for row in silent) < 0.01
+    assert sum(row["expected_kl"] for row in silent) < 0.01 * sum(row["expected_kl"] for row in rows.values())
     assert any(row["bits"] == 8 for row in rows.values())
 
 
@@ -166,8 +166,8 @@ def test_the_decision_is_told() -> None:
     report = run(network(), "bits=5.5, method='rtn'")
     assert report.notes[0].startswith("KL divergence expected of plain rounding")
     assert any(line.strip().startswith("down:") and "bits in blocks of" in line for line in report.notes)
-    shares = sum(row["expected_share"] / (2 if "+" in row["measured_with"] else 1) for row in report.ledger)
-    assert shares == pytest.approx(1)
+    expected = sum(row["expected_kl"] for row in report.ledger)
+    assert expected == pytest.approx(report.metrics["expected_if_rounded"])
 
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
