@@ -21,6 +21,7 @@ from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import BITS, BLOCK_SIZES, CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.target import TARGETS
+from onnxpress.passes.quantization import keep_quantization as keeping
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.keep_quantization import KeepQuantization, common_step, recover
 from onnxpress.passes.quantization.rtn import Rtn
@@ -177,11 +178,24 @@ def test_codes_and_scales_of_a_real_quantizer_are_those_of_the_file(kind: str) -
         np.testing.assert_array_equal(matrix.codes, blocks[..., 2:] + np.uint8(128))
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_no_divisor_is_computed_of_files_of_the_usual_quantizers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = gguf.GGMLQuantizationType[kind]
+    w = np.random.default_rng(1).standard_normal((400, 96), np.float32)
+    measure, seen = keeping._measure, []
+    monkeypatch.setattr(keeping, "_measure", lambda part: seen.append(len(part)) or measure(part))
+    exactly(gguf.quants.dequantize(gguf.quants.quantize(w, known), known))
+    assert seen == [16]  # to learn the format; a divisor takes five times as long
+
+
 def test_scales_that_float16_holds() -> None:
     for kind in ("Q8_0", "Q4_0", "IQ4_NL"):
         matrix = exactly(raw(gguf.GGMLQuantizationType[kind]), exact_in=F16)
         np.testing.assert_array_equal(matrix.scale.astype(np.float16).astype(np.float32), matrix.scale)
     assert found(raw(gguf.GGMLQuantizationType.Q6_K), exact_in=F16) == "its scales need more bits than float16 has"
+    # A scale of 12 bits, and codes over the whole range, which leave no room for a part of it.
+    wide = np.arange(-127, 128, 2, dtype=np.float32)[None] * np.float32(4095 * 2.0**-20)
+    assert found(np.repeat(wide[:, ::-4], 40, axis=0), exact_in=F16) == "its scales need more bits than float16 has"
     # All codes are multiples of 3, and three times the scale has 13 bits: a third of the divisor is the scale.
     thirds = np.arange(-15, 17, dtype=np.float32)[None] * np.float32(3 * 2047 * 2.0**-16)
     assert exactly(thirds, exact_in=F16).scale == np.float16(2047 * 2.0**-16)
