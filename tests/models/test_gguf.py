@@ -22,7 +22,7 @@ from onnxpress.compiler import optimize as optimizing
 from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pipeline import parse
-from onnxpress.models import gguf_file, tiny, zoo
+from onnxpress.models import gguf, gguf_file, tiny, zoo
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 NAMES = {
@@ -274,6 +274,23 @@ def test_what_has_no_exact_form_is_named_and_rounded(tmp_path: Path) -> None:
     assert skipped["output.weight is F16"] == ["head"]
     assert sorted(row["site"] for row in rtn["ledger"]) == ["block0.up", "block1.up", "head"]
     assert set(holders.values()) == {"MatMulNBits"}
+
+
+def test_tensors_by_the_names_of_the_graph() -> None:
+    table, packed, up = (
+        ("token_embd.weight", "Q6_K"),
+        ("blk.7.attn_qkv.weight", "Q4_K"),
+        ("blk.7.ffn_up.weight", "Q8_0"),
+    )
+    tied = gguf._by_site(dict([table, packed, up, ("blk.7.attn_norm.weight", "F32"), ("output_norm.weight", "F32")]))
+    assert tied == {
+        **{name: table for name in ("embedding", "head")},
+        **{f"block7.{role}": packed for role in ("q", "k", "v", "qkv")},
+        **{f"block7.{role}": up for role in ("up", "gate", "gate_up")},
+    }
+    gate, head = ("blk.7.ffn_gate.weight", "F16"), ("output.weight", "Q8_0")
+    untied = gguf._by_site(dict([up, gate, table, head]))
+    assert (untied["block7.gate"], untied["head"], untied["embedding"]) == (gate, head, table)
 
 
 @pytest.mark.parametrize(
