@@ -284,7 +284,7 @@ def test_tensors_by_the_names_of_the_graph() -> None:
     )
     tied = gguf._by_site(dict([table, packed, up, ("blk.7.attn_norm.weight", "F32"), ("output_norm.weight", "F32")]))
     assert tied == {
-        **{name: table for name in ("embedding", "head")},
+        **dict.fromkeys(("embedding", "head"), table),
         **{f"block7.{role}": packed for role in ("q", "k", "v", "qkv")},
         **{f"block7.{role}": up for role in ("up", "gate", "gate_up")},
     }
