@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
+from onnxpress.compiler import registry
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
 from onnxpress.compiler.calibration_text import CalibrationText
@@ -28,7 +29,7 @@ from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, subgraphs, weight_bytes
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, build, subgraphs, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
 from onnxpress.compiler.probe import image_sizes
 from onnxpress.compiler.report import Card
@@ -44,7 +45,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_RECIPE = "int4"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
-
+_KEEP = "keep_quantization"
+_KINDS = {"huggingface": "a Hugging Face checkpoint", "onnx": "an ONNX graph", "artifact": "an artifact of onnxpress"}
 
 Tell = Callable[[str], None]
 
@@ -61,6 +63,7 @@ def optimize(
     measure: bool = True,
     seed: int = 0,
     strict: bool = False,
+    keep_quantization: bool = False,
     exporter: str | None = None,
     opset: int = 18,
     track: Tracker | None = None,
@@ -81,6 +84,8 @@ def optimize(
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a decoder of which a layer's attention stays unfused though the pipeline fuses attention.
         seed: of everything random; the same seed gives the same bytes.
+        keep_quantization: store the weights of a GGUF file that MatMulNBits can hold as they are, bit for bit; the
+            pipeline quantizes only the others.
         exporter: "optimum" or "dynamo", for checkpoints; by default optimum where it is installed, else dynamo.
         opset: of `ai.onnx`, for checkpoints.
         track: draws progress, `for item in track(items, label)`.
@@ -92,6 +97,8 @@ def optimize(
     """
     chosen_target = find_target(target)
     pipeline = _pipeline(recipe, passes, chosen_target)
+    if keep_quantization:
+        pipeline = _keeping(pipeline)
     journal = Journal(lambda: zoo.cache_dir() / "journal")
     context = Context(target=chosen_target, seed=seed, journal=journal)
     text = _read(calibration)
@@ -110,7 +117,13 @@ def optimize(
                 opset=opset,
                 progress=tell,
             )
-        context.config = dict(source.config)
+        if keep_quantization and source.kind != "gguf":
+            raise OptionError(
+                f"keep_quantization: expected a GGUF file, {source.name} is {_KINDS.get(source.kind, source.kind)}",
+                hint="leave it out: weights of MatMulNBits are kept anyway; for floats on a grid name the pass"
+                " keep_quantization in `passes`",
+            )
+        context.config, context.stored_types = dict(source.config), source.stored_types
         context.calibration = CalibrationText(
             texts={str(calibration): text} if calibration is not None else {},
             tokenizer=source.files.get("tokenizer.json"),
@@ -198,6 +211,16 @@ def _pipeline(recipe: str | None, passes: str | Pipeline | Sequence[Pass] | None
     if isinstance(passes, str):
         return pipelines.parse(passes, target) if passes.strip() else Pipeline(())
     return passes if isinstance(passes, Pipeline) else Pipeline(tuple(passes))
+
+
+def _keeping(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with `keep_quantization` in front of whatever rounds weights or joins matrices."""
+    passes = list(pipeline)
+    if any(one.name() == _KEEP for one in passes):
+        return pipeline
+    first = (n for n, one in enumerate(passes) if one.promise is Promise.LOSSY or one.name().startswith("pack_"))
+    passes.insert(next(first, len(passes)), build(registry.find(_KEEP), {}))
+    return Pipeline(tuple(passes))
 
 
 def _read(path: str | Path | None) -> str:

@@ -118,6 +118,8 @@ class Context:
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
         calibration: text for passes that look at activations, and what turns it into tokens.
         journal: where long passes keep what they have finished; nowhere by default.
+        stored_types: how the source file stored a weight, by the weight's name here: "block3.gate" to
+            ("blk.3.ffn_gate.weight", "Q4_0"); {} when the file does not say.
     """
 
     target: Target = TARGETS["cpu"]
@@ -127,6 +129,7 @@ class Context:
     work_dir: Path | None = None
     calibration: CalibrationText = field(default_factory=CalibrationText)
     journal: Journal = field(default_factory=Journal)
+    stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

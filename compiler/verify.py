@@ -162,14 +162,15 @@ class LossMeter:
     def after(self, pass_: Pass, model: ir.Model, report: Report) -> None:
         """Measures a LOSSY pass; the last one waits for `finish`, which measures the file that is delivered."""
         self._position += 1
-        if pass_.promise is not Promise.LOSSY or not report.modified or self._expected() is None:
+        if pass_.promise is not Promise.LOSSY or self._expected() is None:
             return
-        if any(later.promise is Promise.LOSSY for later in self.passes[self._position :]):
+        is_last = not any(later.promise is Promise.LOSSY for later in self.passes[self._position :])
+        if report.modified and not is_last:
             path = self._snapshot(model, f"after{self._position}")
             outputs = self._guarded(lambda: self._run(Probe(path, optimized=True)))
             if outputs is not None:
                 self._note(report, outputs)
-        else:
+        elif report.modified or (is_last and self._metrics):  # the loss of the file, though this pass adds none
             self._pending = report
 
     def _expected(self) -> Outputs | None:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Tensors of a block by the roles that linears have in the graph; a packed one is taken apart there.
+_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_ROLES = {
+    "attn_q": ("q",),
+    "attn_k": ("k",),
+    "attn_v": ("v",),
+    "attn_qkv": ("q", "k", "v", "qkv"),
+    "attn_output": ("o",),
+    "ffn_gate": ("gate",),
+    "ffn_up": ("up", "gate_up"),
+    "ffn_down": ("down",),
+}
+
 
 def load(
     path: Path, *, name: str, work_dir: Path, exporter: export.Exporter | None, opset: int, tell: Callable[[str], None]
@@ -40,14 +54,33 @@ def load(
         BadModelFileError: the file is no GGUF, of another byte order or version, or truncated.
         UnsupportedModelError: an architecture that transformers or the exporter does not know.
     """
-    gguf_file.check(path)
+    types = gguf_file.check(path)
     chosen, why = export.choose(exporter)
     tell(f"dequantizing {path.name} and exporting it with {chosen}{why and f' ({why})'}")
     out = export.make_out(work_dir)
     facts = export.run(export.Job("gguf", str(path.absolute()), str(out), chosen, opset))
     facts |= {"exporter_because": why} if why else {}
     provenance = {"format": "gguf", **facts, "files": directories.hashes([path])}
-    return directories.onnx_source(out / "model.onnx", name=name, kind="gguf", beside=(out,), provenance=provenance)
+    source = directories.onnx_source(out / "model.onnx", name=name, kind="gguf", beside=(out,), provenance=provenance)
+    source.stored_types = _by_site(types)
+    return source
+
+
+def _by_site(types: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """(tensor, type) of the matrices by the names that `find_linears` and `find_embeddings` give them in the graph."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, kind in types.items():
+        if name in ("token_embd.weight", "output.weight"):
+            found["embedding" if name.startswith("token") else "head"] = name, kind
+        elif match := _BLOCK_TENSOR.fullmatch(name):
+            for role in _ROLES.get(match[2], ()):
+                found[f"block{match[1]}.{role}"] = name, kind
+    for name, stored in list(found.items()):
+        if name.endswith(".up"):  # Phi-3 packs the gate into it
+            found.setdefault(name.replace(".up", ".gate"), stored)
+    if "embedding" in found:  # tied: the head reads the table
+        found.setdefault("head", found["embedding"])
+    return found
 
 
 def read_model(path: Path, out: Path, *, attention: str | None = None) -> tuple[Any, dict[str, Any]]:

@@ -42,6 +42,7 @@ class Source:
         generation_config: `generation_config.json`, {} when there is none.
         files: companion files (tokenizer, chat template) by name.
         facts: exporter, versions, formats; part of `provenance`.
+        stored_types: how a GGUF file stores a weight, as `Context.stored_types` has it; {} for other sources.
         hashing: size and SHA-256 of the source files, on their way from a thread: hashing a large file takes longer
             than everything else about loading it.
     """
@@ -55,6 +56,7 @@ class Source:
     generation_config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
     hashing: Future[dict[str, dict[str, Any]]] | None = field(default=None, repr=False)
 
     @property

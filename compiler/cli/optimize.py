@@ -36,6 +36,12 @@ def optimize(
         bool, typer.Option("--measure/--no-measure", help="Measure what lossy passes cost, in KL divergence.")
     ] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when attention stays unfused.")] = False,
+    keep_quantization: Annotated[
+        bool,
+        typer.Option(
+            "--keep-quantization", help="Keep weights of a GGUF file that have an exact form here as they are."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     exporter: Exporter = None,
     opset: Opset = 18,
@@ -59,6 +65,7 @@ def optimize(
             measure=measure,
             seed=seed,
             strict=strict,
+            keep_quantization=keep_quantization,
             exporter=exporter,
             opset=opset,
             track=progress.track,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -39,6 +39,8 @@ from onnxpress.compiler.roles import KINDS
 from onnxpress.compiler.stats import Stats
 from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
+
+T = TypeVar("T")
 
 
 class Format(NamedTuple):
@@ -182,7 +184,7 @@ class WeightOnly(Pass):
                 report.skip(site.name, "weights are not finite")
                 continue
             matrix = coded.matrix
-            self._apply(model.graph, site, matrix, context)
+            put(model.graph, site, matrix, self.accuracy_level, context)
             loss, norm = loss + coded.loss, norm + coded.norm
             weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + matrix.nbytes
             report.change(
@@ -199,7 +201,7 @@ class WeightOnly(Pass):
         if weights:
             report.metrics["weight_error"] = math.sqrt(loss / norm) if norm else 0.0
             report.metrics["bits_per_weight"] = 8 * nbytes / weights
-            self._measure_activations(sites, context, report)
+            measure_activations(sites, context, report)
         return report
 
     @abc.abstractmethod
@@ -266,7 +268,7 @@ class WeightOnly(Pass):
 
     def plan(self, linears: list[Linear], embeddings: list[Embedding], context: Context, report: Report) -> list[Site]:
         """One site per matrix; nodes that share a matrix share the site. Reasons against go to the report."""
-        tied = {id(one.head): one for one in embeddings if _is_tied(one)}
+        tied = {id(one.head): one for one in embeddings if is_tied(one)}
         sites: dict[tuple[int, bool], Site] = {}
         for linear in linears:
             embedding = tied.get(id(linear))
@@ -282,7 +284,7 @@ class WeightOnly(Pass):
             if reason is None and block is not None:
                 key = id(linear.weight), linear.holder == "MatMul"
                 chosen = chosen._replace(block_size=block)
-                new = Site(linear.name, chosen, linear.w_NK, _dtype(linear.node, linear.weight), linear.shape)
+                new = Site(linear.name, chosen, linear.w_NK, dtype_of(linear.node, linear.weight), linear.shape)
                 if (
                     not linear.is_quantized
                     and new.shape[0] * -(-new.shape[1] // block) * (block * chosen.bits // 8 + 4) >= linear.nbytes
@@ -301,7 +303,7 @@ class WeightOnly(Pass):
                     site.embeddings.append(embedding)
             elif reason is not None:
                 report.skip(linear.name, reason)
-        for number, embedding in enumerate(one for one in embeddings if not _is_tied(one)):
+        for number, embedding in enumerate(one for one in embeddings if not is_tied(one)):
             name = "embedding" if number == 0 else f"embedding.{number + 1}"
             chosen = self._format([name], "embedding", is_head=True)
             block = fitting_block(embedding.width, chosen.block_size, chosen.bits, exact=True)
@@ -312,7 +314,7 @@ class WeightOnly(Pass):
                 continue
             key = id(embedding.table), False
             shape = embedding.num_rows, embedding.width
-            dtype = _dtype(embedding.node, embedding.table)
+            dtype = dtype_of(embedding.node, embedding.table)
             site = sites.setdefault(key, Site(name, chosen, embedding.table_VH, dtype, shape))
             site.embeddings.append(embedding)
         return list(sites.values())
@@ -329,28 +331,29 @@ class WeightOnly(Pass):
                 return f"already quantized: {stored}, with its columns in another order (g_idx)"
         if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude):
             return "excluded"
-        dtype = _dtype(node, weight)
-        if dtype == ir.DataType.DOUBLE or (dtype == ir.DataType.BFLOAT16 and context.target.provider == "cpu"):
-            return f"there is no kernel for {dtype.name.lower()} activations"
-        return None
+        return without_kernel(dtype_of(node, weight), context)
 
-    def _apply(self, graph: ir.Graph, site: Site, matrix: CodedMatrix, context: Context) -> None:
-        stored = store(graph, site.name, matrix)
-        level = self.accuracy_level if matrix.bits == 4 else 4
-        for linear in site.linears:
-            replace_linear(linear, stored, level)
-        for embedding in site.embeddings:
-            is_cuda = context.target.provider == "cuda"
-            replace_embedding(embedding, stored, shared=bool(site.linears), explicit_zero=is_cuda)
 
-    def _measure_activations(self, sites: list[Site], context: Context, report: Report) -> None:
-        linears = [linear for site in sites for linear in site.linears]
-        if context.target.provider == "cpu" and linears:
-            errors = activation_error(linears, seed=context.seed)
-            squares = [error * error for error in errors.values()]
-            report.metrics["activation_error"] = math.sqrt(sum(squares) / len(linears))
-            for row in report.ledger:
-                row["activation_error"] = errors.get(row["site"], 0.0)
+def put(graph: ir.Graph, site: Site, matrix: CodedMatrix, accuracy_level: int, context: Context) -> None:
+    """Stores the codes and lets every node of the site compute with them; `accuracy_level` is that of 4 bits."""
+    stored = store(graph, site.name, matrix)
+    level = accuracy_level if matrix.bits == 4 else 4
+    for linear in site.linears:
+        replace_linear(linear, stored, level)
+    for embedding in site.embeddings:
+        is_cuda = context.target.provider == "cuda"
+        replace_embedding(embedding, stored, shared=bool(site.linears), explicit_zero=is_cuda)
+
+
+def measure_activations(sites: list[Site], context: Context, report: Report) -> None:
+    """Notes what int8 activations add on the CPU, as a metric and in every row of the ledger."""
+    linears = [linear for site in sites for linear in site.linears]
+    if context.target.provider == "cpu" and linears:
+        errors = activation_error(linears, seed=context.seed)
+        squares = [error * error for error in errors.values()]
+        report.metrics["activation_error"] = math.sqrt(sum(squares) / len(linears))
+        for row in report.ledger:
+            row["activation_error"] = errors.get(row["site"], 0.0)
 
 
 def plain(site: Site) -> Coded:
@@ -362,11 +365,16 @@ def rounded(
     sites: list[Site], context: Context, label: str, code: Callable[[Site], Coded] = plain
 ) -> Iterator[tuple[Site, Coded]]:
     """Sites coded without data by `code`, on a thread per core."""
+    return threaded(code, sites, context, label)
+
+
+def threaded(work: Callable[[Site], T], sites: list[Site], context: Context, label: str) -> Iterator[tuple[Site, T]]:
+    """Every site with what `work` makes of it, on a thread per core, in the order of `sites`."""
     with _workers() as pool:
-        futures: dict[int, Future[Coded]] = {}
+        futures: dict[int, Future[T]] = {}
         # Large matrices first: one that starts last would keep a single core busy at the end.
         for site in sorted(sites, key=lambda one: one.shape[0] * one.shape[1] < 1 << 22):
-            futures[id(site)] = pool.submit(code, site)
+            futures[id(site)] = pool.submit(work, site)
         for site in context.track(sites, label):
             # A finished future would keep its arrays alive.
             yield site, futures.pop(id(site)).result()
@@ -421,7 +429,7 @@ def token_tables(embeddings: list[Embedding]) -> list[Embedding]:
     return [one for one in embeddings if one.width == width]
 
 
-def _is_tied(embedding: Embedding) -> bool:
+def is_tied(embedding: Embedding) -> bool:
     """Whether the head multiplies with the very rows that are gathered."""
     head = embedding.head
     return head is not None and head.shape == (embedding.num_rows, embedding.width) and head.holder != "MatMul"
@@ -442,7 +450,14 @@ def _described(operator: str, chosen: Format) -> str:
     return f"{operator}, {chosen.bits} bits in blocks of {chosen.block_size}{zeros}"
 
 
-def _dtype(node: ir.Node, weight: ir.Value) -> ir.DataType:
+def without_kernel(dtype: ir.DataType, context: Context) -> str | None:
+    """Why nothing computes with codes and activations of this type, None when something does."""
+    if dtype == ir.DataType.DOUBLE or (dtype == ir.DataType.BFLOAT16 and context.target.provider == "cpu"):
+        return f"there is no kernel for {dtype.name.lower()} activations"
+    return None
+
+
+def dtype_of(node: ir.Node, weight: ir.Value) -> ir.DataType:
     """Float type of a weight; of codes that of their scales."""
     value = node.inputs[2] if node_format(node) else weight
     return ir.DataType.FLOAT if value is None or value.const_value is None else value.const_value.dtype

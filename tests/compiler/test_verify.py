@@ -189,6 +189,18 @@ def test_each_lossy_pass_is_charged_its_own_cost(tmp_path: Path) -> None:
     assert watcher.quality["perplexity_before"] != watcher.quality["perplexity_after"]
 
 
+def test_a_last_pass_without_work_leaves_the_loss_to_those_before(tmp_path: Path) -> None:
+    passes = [Lossy(factor=1.5), find("rtn")(requantize=True, exclude=("*",))]  # type: ignore[call-arg]
+    watcher, (first, nothing) = meter(passes, tmp_path)
+    assert not nothing.modified
+    assert nothing.metrics["kl_added"] == pytest.approx(0, abs=1e-9)
+    assert first.metrics["kl"] > 0
+    assert watcher.quality["kl"] == pytest.approx(first.metrics["kl"])
+    assert watcher.quality["perplexity_after"] != watcher.quality["perplexity_before"]
+    alone, (report,) = meter(passes[1:], tmp_path)
+    assert alone.quality == report.metrics == {}
+
+
 def test_the_kl_is_that_of_the_outputs(tmp_path: Path) -> None:
     _, (report,) = meter([Lossy(factor=1.5)], tmp_path)
     before = Probe(snapshot(decoder(), tmp_path, "before")).logits(IDS)[0]

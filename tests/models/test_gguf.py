@@ -18,8 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxpress import models
+from onnxpress.compiler import optimize as optimizing
 from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
-from onnxpress.models import gguf_file, tiny, zoo
+from onnxpress.compiler.linears import find_embeddings, find_linears
+from onnxpress.compiler.pipeline import parse
+from onnxpress.models import gguf, gguf_file, tiny, zoo
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 NAMES = {
@@ -49,12 +52,20 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_llama(
-    path: Path, *, kind: str = "Q8_0", pre: str = "smollm", extra: dict[str, Any] | None = None, **tensors: np.ndarray
+    path: Path,
+    *,
+    kind: str = "Q8_0",
+    kinds: dict[str, str] | None = None,
+    pre: str = "smollm",
+    extra: dict[str, Any] | None = None,
+    **tensors: np.ndarray,
 ) -> Any:
-    """Writes the tiny llama as GGUF, matrices as `kind`; returns the torch model with the same rounded weights."""
+    """Writes the tiny llama as GGUF, matrices as `kind`, or by a part of their name as `kinds` says.
+
+    Returns the torch model with the same rounded weights.
+    """
     model = tiny.tiny("llama")
     config = model.config
-    quantized = gguf_package.GGMLQuantizationType[kind]
     writer = gguf_package.GGUFWriter(path, "llama")
     writer.add_name("a tiny llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -90,6 +101,8 @@ def write_llama(
             if weight.ndim == 1:
                 writer.add_tensor(gguf_name(name), weight)
                 continue
+            own = next((one for part, one in (kinds or {}).items() if part in f".{gguf_name(name)}"), kind)
+            quantized = gguf_package.GGMLQuantizationType[own]
             packed = gguf_package.quants.quantize(weight, quantized)
             rounded = gguf_package.quants.dequantize(packed, quantized)
             parameter.copy_(torch.from_numpy(rounded))
@@ -205,6 +218,109 @@ def test_stretched_rotary_frequencies_are_applied(tmp_path: Path, how: str) -> N
 def test_a_directory_with_one_gguf_file(tmp_path: Path) -> None:
     write_llama(tmp_path / "tiny.gguf")
     assert models.load(tmp_path, work_dir=tmp_path).kind == "gguf"
+
+
+# --- weights kept as they are --------------------------------------------------------------------------------------
+
+
+def kept(path: Path, out: Path, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """Card, linears and embedding of what `keep_quantization` makes of a file, and by which operator they are held."""
+    artifact = optimizing.optimize(
+        path, output=out, passes="fuse, rtn(bits=4)", keep_quantization=True, measure=False, **options
+    )
+    model = models.load(out, work_dir=out).model
+    linears = find_linears(model)
+    weights = {one.name: one.w_NK() for one in linears}
+    (table,) = find_embeddings(model, linears)
+    return artifact.report, weights | {"embedding": table.table_VH()}, {one.name: one.holder for one in linears}
+
+
+ROLES = {"q": "self_attn.q", "k": "self_attn.k", "v": "self_attn.v", "o": "self_attn.o"}
+ROLES |= {role: f"mlp.{role}" for role in ("gate", "up", "down")}
+
+
+def in_torch(model: Any) -> dict[str, np.ndarray]:
+    """The matrices of the model by the names that they have in the graph."""
+    named = dict(model.named_parameters())
+    found = {"embedding": "model.embed_tokens", "head": "lm_head"}
+    for layer in range(model.config.num_hidden_layers):
+        found |= {f"block{layer}.{role}": f"model.layers.{layer}.{name}_proj" for role, name in ROLES.items()}
+    return {name: named[f"{parameter}.weight"].detach().numpy() for name, parameter in found.items()}
+
+
+@pytest.mark.parametrize("kind, bits", [("Q8_0", 8), ("Q4_0", 4), ("Q5_0", 8)])
+def test_an_artifact_holds_the_very_weights_of_the_file(tmp_path: Path, kind: str, bits: int) -> None:
+    model = write_llama(tmp_path / "tiny.gguf", kind=kind)
+    card, weights, holders = kept(tmp_path / "tiny.gguf", tmp_path / "out")
+    want = in_torch(model)
+    assert set(weights) == set(want)
+    assert set(holders.values()) == {"MatMulNBits"}
+    for name, matrix in want.items():
+        np.testing.assert_array_equal(weights[name], matrix, err_msg=name)
+    keep, rtn = card["passes"][-2:]
+    assert (keep["pass"], keep["changed"], rtn["changed"]) == ("keep_quantization", len(want), 0)
+    rows = {row["site"]: row for row in keep["ledger"]}
+    assert {(row["bits"], row["block_size"], row["source_type"]) for row in rows.values()} == {(bits, 32, kind)}
+    assert rows["block1.gate"]["source_tensor"] == "blk.1.ffn_gate.weight"
+    assert rows["head"]["source_tensor"] == "output.weight"
+
+
+def test_what_has_no_exact_form_is_named_and_rounded(tmp_path: Path) -> None:
+    write_llama(tmp_path / "tiny.gguf", kind="Q8_0", kinds={"ffn_up": "Q4_1", ".output.weight": "F16"})
+    card, _, holders = kept(tmp_path / "tiny.gguf", tmp_path / "out")
+    keep, rtn = card["passes"][-2:]
+    skipped = {row["reason"].partition(":")[0]: row["sites"] for row in keep["skipped"]}
+    assert skipped["blk.*.ffn_up.weight is Q4_1"] == ["block0.up", "block1.up"]
+    assert skipped["output.weight is F16"] == ["head"]
+    assert sorted(row["site"] for row in rtn["ledger"]) == ["block0.up", "block1.up", "head"]
+    assert set(holders.values()) == {"MatMulNBits"}
+
+
+def test_tensors_by_the_names_of_the_graph() -> None:
+    table, packed, up = (
+        ("token_embd.weight", "Q6_K"),
+        ("blk.7.attn_qkv.weight", "Q4_K"),
+        ("blk.7.ffn_up.weight", "Q8_0"),
+    )
+    tied = gguf._by_site(dict([table, packed, up, ("blk.7.attn_norm.weight", "F32"), ("output_norm.weight", "F32")]))
+    assert tied == {
+        **dict.fromkeys(("embedding", "head"), table),
+        **{f"block7.{role}": packed for role in ("q", "k", "v", "qkv")},
+        **{f"block7.{role}": up for role in ("up", "gate", "gate_up")},
+    }
+    gate, head = ("blk.7.ffn_gate.weight", "F16"), ("output.weight", "Q8_0")
+    untied = gguf._by_site(dict([up, gate, table, head]))
+    assert (untied["block7.gate"], untied["head"], untied["embedding"]) == (gate, head, table)
+
+
+@pytest.mark.parametrize(
+    "passes, place",
+    [
+        ("fuse, rtn, pack", "trim_logits"),
+        ("fuse, pack", "trim_logits"),
+        ("fuse", "trim_logits"),
+        ("svd(ratio=0.5)", ""),
+    ],
+)
+def test_nothing_rounds_or_joins_before(passes: str, place: str) -> None:
+    names = [one.name() for one in optimizing._keeping(parse(passes))]
+    index = names.index("keep_quantization")
+    assert names[:index][-1:] == [place] * bool(place)
+    assert [one.name() for one in parse(passes)] == names[:index] + names[index + 1 :]
+    once = optimizing._keeping(parse(passes))
+    assert str(optimizing._keeping(once)) == str(once)
+
+
+def test_on_cuda_weights_are_kept_before_they_are_cast(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "tiny.gguf", kind="Q4_0")
+    card, weights, _ = kept(tmp_path / "tiny.gguf", tmp_path / "out", target="cuda")
+    assert [row["pass"].partition("(")[0] for row in card["passes"][-3:]] == [
+        "keep_quantization",
+        "cast_float16",
+        "rtn",
+    ]
+    for name, matrix in in_torch(model).items():
+        np.testing.assert_array_equal(weights[name], matrix, err_msg=name)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
