@@ -82,7 +82,7 @@ def optimize(
         calibration: text file for passes that look at activations; the loss is measured on it too.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
-        strict: refuse a decoder of which a layer's attention stays unfused though the pipeline fuses attention.
+        strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
         seed: of everything random; the same seed gives the same bytes.
         keep_quantization: store the weights of a GGUF file that MatMulNBits can hold as they are, bit for bit; the
             pipeline quantizes only the others.

@@ -100,7 +100,9 @@ def read_ledger(card: Card) -> Ledger:
             hint="write one with a recipe or a pass that quantizes: onnxpress optimize MODEL -o DIR --recipe int4",
         )
     share_of = "weight_error"
-    if all("expected_kl" in facts for _, facts in found.values()):
+    if any("expected_kl" in facts for _, facts in found.values()) and all(
+        "expected_kl" in facts or facts["weight_error"] == 0 for _, facts in found.values()
+    ):
         share_of = "expected_kl"
     elif any(_number(facts, "output_error") is not None for _, facts in found.values()):
         share_of = "output_error"
@@ -133,7 +135,7 @@ def _row(made_by: str, facts: dict[str, Any], share_of: str, total: float) -> Le
 
 def _loss(facts: dict[str, Any], share_of: str) -> float | None:
     """What adds up: a divergence as it is, an error squared."""
-    value = _number(facts, share_of)
+    value = 0.0 if facts["weight_error"] == 0 and share_of == "expected_kl" else _number(facts, share_of)
     return value if value is None or share_of == "expected_kl" else value * value
 
 

@@ -56,7 +56,7 @@ def allocate(items: Sequence[Sequence[Option]], budget: float) -> list[int] | No
             ),
             default=(0.0, 0, 0),
         )
-        if gain <= 0:
+        if not gain > 0:
             return chosen
         spent += items[number][new].nbytes - items[number][chosen[number]].nbytes
         chosen[number] = new

@@ -164,7 +164,7 @@ class WeightOnly(Pass):
         linears = find_linears(model, expand_pairs=True)
         tables = find_embeddings(model, linears)
         embeddings = token_tables(tables)
-        self._check_effect(linears, embeddings)
+        self.check_effect(linears, embeddings)
         sites = self.plan(linears, embeddings, context, report)
         for table in tables:
             if table not in embeddings:
@@ -247,8 +247,10 @@ class WeightOnly(Pass):
             facts = {**coded.facts, "output_error": errors[id(site)]} if id(site) in errors else coded.facts
             yield site, coded._replace(facts=facts)
 
-    def _check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
+    def check_effect(self, linears: list[Linear], embeddings: list[Embedding]) -> None:
+        apart = sum(not is_tied(one) for one in embeddings)
         names = [one.name for one in linears] + ["embedding"] * bool(embeddings)
+        names += [f"embedding.{number}" for number in range(2, apart + 1)]
         for option, patterns in (("exclude", self.exclude), ("overrides", [*self.overrides])):
             for pattern in patterns:
                 is_role = option == "overrides" and pattern in _ROLES

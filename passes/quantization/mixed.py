@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
@@ -43,6 +44,8 @@ _PROBE = Format(4, 32, True)  # in which the cost of a matrix is measured
 _ROWS = 1024  # of a matrix that tell the error of a format
 _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _PER_NODE = 400  # bytes that the names of codes, scales and zero points take in the graph at most
+_EXACT = 1e-8  # squared relative error below which a format holds the weights as they are
+_RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _TRIES = 7  # plans that are run to meet a loss
 
 
@@ -99,6 +102,9 @@ class Mixed(Pass):
         self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.05 is a mild loss")
         self.check(self.bits is None or 4 < self.bits <= 9, "bits", "more than 4 and at most 9", "try 4.5")
         self.check(self.probe >= 16, "probe", "at least 16", "512 suits most models")
+        for name, plain in (("tokens", 16384), ("length", 1024)):
+            is_used = self.method == "gptq" or getattr(self, name) == plain
+            self.check(is_used, name, "left out with method='rtn'", "rounding reads no text")
         self._inner({})  # checks what it is given
 
     @classmethod
@@ -112,12 +118,24 @@ class Mixed(Pass):
             return self._inner({}).run(model, context)  # says why of each matrix
         ids_WS, facts = context.calibration.windows(self.probe, self.probe)
         sites = [site for item in items for site in item.sites]
+        if any(site.dtype == ir.DataType.BFLOAT16 for site in sites):
+            raise UnsupportedModelError(
+                "mixed: text is streamed on the CPU, which has no kernels for bfloat16",
+                hint="use --target cuda (float16), or rtn",
+            )
         linears = [linear for site in sites for linear in site.linears]
-        sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], linears)
-        if self.kl is not None and sensitivity.measure != "KL divergence":
+        try:
+            sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], linears)
+        except CalibrationError as error:
+            if error.hint and "length=" in error.hint:
+                error.hint = "does the model take fewer tokens at once? try a smaller probe="
+            raise
+        measure = sensitivity.measure
+        if self.kl is not None and measure != "KL divergence":
             raise OptionError("mixed: kl has no meaning for a model without logits", hint="give size= or bits=")
-        self._price(items, sensitivity, context, ids_WS)
+        self._price(items, sensitivity, model, context, ids_WS)
         chosen = self._choose(items, model, sensitivity)
+        del sensitivity  # holds the activations of the whole model
         overrides: dict[str, dict[str, int | bool | str]] = {}
         expected = 0.0
         for item, index in zip(items, chosen, strict=True):
@@ -125,18 +143,19 @@ class Mixed(Pass):
             for site in item.sites:
                 for name in _names(site):
                     overrides[name] = {**item.formats[index]._asdict()}
-                    del overrides[name]["scales"]
+                    if self.method == "gptq":
+                        del overrides[name]["scales"]  # finds its own
         report = self._inner(overrides).rewrite(model, context)
         costs = {site.name: (item, index) for item, index in zip(items, chosen, strict=True) for site in item.sites}
         for row in report.ledger:
             item, index = costs[row["site"]]
             # What is measured together is divided evenly.
-            row["expected_kl" if sensitivity.measure == "KL divergence" else "expected_output_error"] = item.options[
+            row["expected_kl" if measure == "KL divergence" else "expected_output_error"] = item.options[
                 index
             ].cost / len(item.sites)
-        report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
+        report.calibration.setdefault("costs", f"{measure} on {facts['text']}")
         report.metrics["expected_if_rounded"] = expected
-        report.notes += _table(items, chosen, sensitivity.measure, expected)
+        report.notes += _table(items, chosen, measure, expected)
         return report
 
     def _inner(self, overrides: dict[str, dict[str, int | bool | str]]) -> WeightOnly:
@@ -153,6 +172,7 @@ class Mixed(Pass):
         """What is decided on, with the formats that are possible for it."""
         linears = find_linears(model, expand_pairs=True)
         embeddings = token_tables(find_embeddings(model, linears))
+        self._inner({}).check_effect(linears, embeddings)
         sites = self._inner({}).plan(linears, embeddings, context, scratch)
         grouped: dict[tuple[int, str], _Item] = {}
         for number, site in enumerate(sites):
@@ -173,29 +193,32 @@ class Mixed(Pass):
                 item.formats = [item.sites[0].format, item.sites[0].format._replace(bits=8)]
         return list(grouped.values())
 
-    def _price(self, items: list[_Item], sensitivity: Sensitivity, context: Context, ids_WS: Floats) -> None:
+    def _price(
+        self, items: list[_Item], sensitivity: Sensitivity, model: ir.Model, context: Context, ids_WS: Floats
+    ) -> None:
         """Measures what each item costs in `_PROBE`, and derives what it would in its other formats."""
         digest = hashlib.sha256(np.ascontiguousarray(ids_WS).data)
-        for item in items:
-            for site in item.sites:
-                digest.update(site.name.encode())
-                digest.update(np.ascontiguousarray(site.read()).data)
+        digest.update(f"onnxruntime {ort.__version__} numpy {np.__version__}".encode())
+        for node in model.graph:
+            digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
+        for value in model.graph.initializers.values():
+            assert value.const_value is not None
+            digest.update(value.const_value.tobytes())
         section = context.journal.section("mixed", context.target.name, str(self.probe))
-        record = section.read("costs", digest.hexdigest())
-        if record is None:
-            costs = [
-                sensitivity.distance(_replacements(item, _PROBE))
-                for item in context.track(items, f"{self.name()}: what each matrix costs")
-            ]
-            section.write("costs", digest.hexdigest(), {"costs": np.array(costs)})
-        else:
-            costs = list(record["costs"])
-        for item, cost in zip(items, costs, strict=True):
-            item.cost = float(cost)
-            before = _error(item, _PROBE)
+        for number, item in enumerate(context.track(items, f"{self.name()}: what each matrix costs")):
+            # Weights that were on such a grid before show nothing there: then the coarsest format is the probe.
+            probe = _PROBE if _error(item, _PROBE) > _EXACT else item.formats[0]
+            record = section.read(str(number), digest.hexdigest())
+            if record is None:
+                found = sensitivity.distance(_replacements(item, probe))
+                record = {"cost": np.array(found if np.isfinite(found) else _RUINED)}
+                section.write(str(number), digest.hexdigest(), record)
+            item.cost = float(record["cost"])
+            before = _error(item, probe)
+            ratios = [_error(item, one) / before if before else 0.0 for one in item.formats]
             item.options = [
-                Option(item.cost * _error(item, one) / before if before else 0.0, _nbytes(item, one))
-                for one in item.formats
+                Option(item.cost * (ratio if np.isfinite(ratio) else 1.0), _nbytes(item, one))
+                for ratio, one in zip(ratios, item.formats, strict=True)
             ]
 
     def _choose(self, items: list[_Item], model: ir.Model, sensitivity: Sensitivity) -> list[int]:
@@ -226,13 +249,9 @@ class Mixed(Pass):
         options = [item.options for item in items]
 
         def measured(plan: list[int]) -> float:
-            replaced: dict[int, Floats] = {}
-            for item, index in zip(items, plan, strict=True):
-                replaced |= _replacements(item, item.formats[index])
-            return sensitivity.distance(replaced)
+            return sensitivity.distance(_OnDemand(items, plan))
 
-        best = allocate(options, most)
-        assert best is not None
+        best = [max(range(len(some)), key=lambda index: some[index].nbytes) for some in options]
         if (nearest := measured(best)) > limit:
             raise OptionError(
                 f"mixed: kl={limit} cannot be met: all matrices in 8 bits cost {nearest:.2g}",
@@ -247,6 +266,26 @@ class Mixed(Pass):
             else:
                 low = (low + high) / 2
         return best
+
+
+class _OnDemand(Mapping[int, Floats]):
+    """The rounded weights of a plan by the id of their value, each made when it is asked for: never all at once."""
+
+    def __init__(self, items: Sequence[_Item], plan: Sequence[int]) -> None:
+        self._made_by: dict[int, tuple[_Item, Format]] = {}
+        for item, index in zip(items, plan, strict=True):
+            for site in item.sites:
+                values = [one.weight for one in site.linears] + [one.table for one in site.embeddings]
+                self._made_by |= {id(value): (item, item.formats[index]) for value in values}
+
+    def __getitem__(self, key: int) -> Floats:
+        return _replacements(*self._made_by[key])[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._made_by)
+
+    def __len__(self) -> int:
+        return len(self._made_by)
 
 
 def _names(site: Site) -> list[str]:
@@ -312,6 +351,7 @@ def _other_bytes(model: ir.Model, items: Sequence[_Item]) -> int:
 
 def _table(items: Sequence[_Item], chosen: Sequence[int], measure: str, expected: float) -> list[str]:
     """What was decided, per kind: how many matrices in which format, and their part of the expected loss."""
+    silent = [item.name for item in items if item.cost == 0]
     lines = [f"{measure} expected of plain rounding: {expected:.4f}; by kind of matrix:"]
     kinds: dict[str, tuple[Counter[str], float]] = {}
     for item, index in zip(items, chosen, strict=True):
@@ -322,6 +362,8 @@ def _table(items: Sequence[_Item], chosen: Sequence[int], measure: str, expected
     for kind, (counts, cost) in kinds.items():
         formats = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
         lines.append(f"  {kind}: {formats}; {cost / expected if expected else 0:.0%} of the loss")
+    if silent:
+        lines.append(f"  without any effect on the output that is measured: {', '.join(silent[:8])} ({len(silent)})")
     return lines
 
 

@@ -19,6 +19,7 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.passes.quantization._allocation import Option, allocate
+from onnxpress.passes.quantization._rounding import round_matrix
 from onnxpress.passes.quantization.mixed import Mixed
 
 
@@ -79,8 +80,9 @@ def network(*, layers: int = 3, tied: bool = False) -> ir.Model:
 
 
 def run(model: ir.Model, text: str, journal: Journal | None = None) -> Report:
+    more = "" if "method='rtn'" in text else ", tokens=256, length=32"
     context = Context(calibration=CalibrationText(vocab_size=200), journal=journal or Journal())
-    ((_, report),) = pipeline.run(model, pipeline.parse(f"mixed({text}, tokens=256, length=32, probe=64)"), context)
+    ((_, report),) = pipeline.run(model, pipeline.parse(f"mixed({text}{more}, probe=64)"), context)
     return report
 
 
@@ -185,6 +187,58 @@ def test_two_matrices_that_share_a_weight_are_one() -> None:
     assert sum(node.op_type == "GatherBlockQuantized" for node in model.graph) == 1
 
 
+def on_a_grid(model: ir.Model) -> None:
+    """Rounds every linear to 4 bits in blocks of 32, as `mixed` probes them."""
+    for number, linear in enumerate(find_linears(model)):
+        exact = round_matrix(
+            linear.w_NK(), bits=4, block_size=32, symmetric=True, scales="mse", scale_dtype=np.dtype(np.float32)
+        )[0].w_NK()
+        linear.set_weight(lambda exact=exact: exact, f"exact{number}")
+
+
+def test_weights_that_were_rounded_before_are_not_free() -> None:
+    model = network()
+    on_a_grid(model)
+    report = run(model, "bits=8.5, method='rtn'")
+    assert report.metrics["expected_if_rounded"] > 0
+    linears = [row for row in report.ledger if row["site"] != "embedding"]
+    assert all(row["weight_error"] < 0.01 for row in linears), "no format that loses what is there"
+
+
+def test_a_second_table_is_a_matrix_too() -> None:
+    builder = graphs.Builder(64, 200, 0)
+    tables = [builder.weight(200, 64, name=name, scale=1.0) for name in ("one", "two")]
+    x, y = (builder.op("Gather", table, builder.ids, width=64, axis=0) for table in tables)
+    stream = builder.step("residual", x, y)
+    model = builder.finish(builder.step("gated", stream, stream), False, tables[0])
+    report = run(model, "bits=6.0, method='rtn'")
+    assert {"embedding", "embedding.2"} <= {row["site"] for row in report.ledger}
+
+
+def test_costs_that_are_no_numbers_end_too() -> None:
+    nan = float("nan")
+    assert allocate([[Option(nan, 10), Option(nan, 20)], [Option(1, 10), Option(0, 20)]], 100) is not None
+
+
+def test_what_has_no_effect_is_named() -> None:
+    builder = graphs.Builder(64, 200, 0)
+    table = builder.weight(200, 64, name="table", scale=1.0)
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    pooled = builder.op("Tanh", builder.step("linear", x, x), width=64)
+    pooled.name = "pooled"
+    model = builder.finish(builder.step("linear", x, x), False, table)
+    model.graph.outputs.append(pooled)
+    report = run(model, "bits=6.0, method='rtn'")
+    assert "without any effect" in report.notes[-1]
+    assert report.notes[-1].endswith("(1)")
+
+
+def test_a_wrong_exclude_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sensitivity, "distance", lambda *_: pytest.fail("measured first"))
+    with pytest.raises(OptionError, match="matches no linear"):
+        run(network(), "bits=5.0, exclude=('blok0.*',)")
+
+
 def test_excluded_matrices_stay_float() -> None:
     model = network()
     report = run(model, "bits=5.0, method='rtn', exclude=('block0.*',)")
@@ -194,7 +248,16 @@ def test_excluded_matrices_stay_float() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ["", "size='90MB', bits=5.0", "size='90 apples'", "kl=0.0", "bits=4.0", "probe=1", "size='90MB', method='awq'"],
+    [
+        "bits=5.0, method='rtn', tokens=32",
+        "",
+        "size='90MB', bits=5.0",
+        "size='90 apples'",
+        "kl=0.0",
+        "bits=4.0",
+        "probe=1",
+        "size='90MB', method='awq'",
+    ],
 )
 def test_options_out_of_range(options: str) -> None:
     with pytest.raises(OptionError, match="mixed"):
