@@ -191,6 +191,7 @@ def _segments(
     closing = {key: number for number, key in enumerate(residuals)}
     previous: dict[int, int] = {}  # chain node -> number of the last residual at or before it
     last = -1
+    total = _sum_output(order[residuals[-1]]) if residuals else None
     for key in chain:
         last = closing.get(key, last)
         previous[key] = last
@@ -200,8 +201,9 @@ def _segments(
             anchor[key] = key
             continue
         if key in on_chain:
-            # A post-norm that ends on the chain belongs to the sublayer before it; prelude and head belong to none.
-            if 0 <= previous[key] < len(residuals) - 1:
+            # A post-norm that ends on the chain belongs to the sublayer before it, as does a bias that is added behind
+            # the residual; prelude and head belong to none.
+            if 0 <= previous[key] < len(residuals) - 1 or (total is not None and total.producer() is node):
                 segments[previous[key]].append(node)
             anchor[key] = key
             continue
