@@ -187,13 +187,10 @@ class WeightOnly(Pass):
             put(model.graph, site, matrix, self.accuracy_level, context)
             loss, norm = loss + coded.loss, norm + coded.norm
             weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + matrix.nbytes
-            report.change(
-                site.name,
-                kind=site.linears[0].kind if site.linears else "embedding",
-                shape=list(site.shape),
-                bits=matrix.bits,
-                block_size=matrix.block_size,
-                bytes=matrix.nbytes,
+            note(
+                report,
+                site,
+                matrix,
                 weight_error=math.sqrt(coded.loss / coded.norm) if coded.norm else 0.0,
                 snr_db=10 * math.log10(coded.norm / coded.loss) if coded.loss and coded.norm else math.inf,
                 **coded.facts,
@@ -334,6 +331,19 @@ class WeightOnly(Pass):
         if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude):
             return "excluded"
         return without_kernel(dtype_of(node, weight), context)
+
+
+def note(report: Report, site: Site, matrix: CodedMatrix, **facts: Any) -> None:
+    """The row of a stored site in the ledger; `facts` are about its errors."""
+    report.change(
+        site.name,
+        kind=site.linears[0].kind if site.linears else "embedding",
+        shape=list(site.shape),
+        bits=matrix.bits,
+        block_size=matrix.block_size,
+        bytes=matrix.nbytes,
+        **facts,
+    )
 
 
 def put(graph: ir.Graph, site: Site, matrix: CodedMatrix, accuracy_level: int, context: Context) -> None:

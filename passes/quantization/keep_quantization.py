@@ -34,6 +34,7 @@ from onnxpress.passes.quantization._weight_only import (
     dtype_of,
     is_tied,
     measure_activations,
+    note,
     put,
     threaded,
     token_tables,
@@ -257,16 +258,8 @@ class KeepQuantization(Pass):
                 continue
             put(model.graph, site, found, self.accuracy_level, context)
             weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + found.nbytes
-            report.change(
-                site.name,
-                kind=site.linears[0].kind if site.linears else "embedding",
-                shape=list(site.shape),
-                bits=found.bits,
-                block_size=found.block_size,
-                bytes=found.nbytes,
-                weight_error=0.0,
-                **({"source_tensor": tensor, "source_type": kind} if kind else {}),
-            )
+            source = {"source_tensor": tensor, "source_type": kind} if kind else {}
+            note(report, site, found, weight_error=0.0, **source)
         report.metrics["weight_error"] = 0.0
         if weights:
             report.metrics["bits_per_weight"] = 8 * nbytes / weights

@@ -196,6 +196,9 @@ class Kquant(WeightOnly):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, plain in (("tokens", 16384), ("length", 1024)):
+            is_used = self.importance == "activations" or getattr(self, name) == plain
+            self.check(is_used, name, "left out with importance='weights'", "only activations need text")
         self.check(self.tokens >= 1, "tokens", "positive", "16384 suits small models")
         self.check(self.length >= 1, "length", "positive", "1024 suits most models")
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding_laws import Form, check_stored, forms, on_grids, restored, weight_blocks
 
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.errors import OptionError
@@ -22,29 +23,11 @@ from onnxpress.passes.quantization.hqq import Hqq, hqq
 
 Array = npt.NDArray[Any]
 few = settings(max_examples=25, deadline=None, derandomize=True)
-forms = st.tuples(st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from(["float16", "float32", "float64"]))
 
 
-@st.composite
-def blocks(draw: st.DrawFn) -> Array:
-    """Weights float64 [G, b, N] with what hurts: outliers, constant and zero blocks, one-sided ones, tiny ones."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**31 - 1)))
-    w = rng.standard_normal((2, draw(st.sampled_from([16, 32, 64])), 7))
-    w[:, 3, 0] *= 30
-    w[0, :, 1] = 0
-    w[1, :, 2] = round(draw(st.floats(-2, 2)), 6)
-    w[:, :, 3] *= 10.0 ** draw(st.integers(-3, 3))
-    w[:, :, 4] = np.abs(w[:, :, 4])
-    return w
-
-
-def fit(w: Array, form: tuple[int, bool, str], **options: Any) -> Rounded:
+def fit(w: Array, form: Form, **options: Any) -> Rounded:
     bits, symmetric, dtype = form
     return hqq(w, bits=bits, symmetric=symmetric, scale_dtype=np.dtype(dtype), **options)
-
-
-def restored(found: Rounded, bits: int) -> Array:
-    return found.steps_GbN(bits, np.dtype(float)) * found.scale_GN.astype(float)[:, None]
 
 
 def loss(found: Rounded, bits: int, w: Array, p: float = 0.7) -> Array:
@@ -52,8 +35,8 @@ def loss(found: Rounded, bits: int, w: Array, p: float = 0.7) -> Array:
 
 
 @few
-@given(blocks(), forms, st.sampled_from(["mse", "max"]), st.sampled_from([0.4, 0.7]))
-def test_law_never_worse_than_rounding(w: Array, form: tuple[int, bool, str], scales: Any, p: float) -> None:
+@given(weight_blocks(), forms, st.sampled_from(["mse", "max"]), st.sampled_from([0.4, 0.7]))
+def test_law_never_worse_than_rounding(w: Array, form: Form, scales: Any, p: float) -> None:
     bits, symmetric, dtype = form
     plain = round_blocks(w, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=np.dtype(dtype))
     residue = 1e-9 * (np.abs(w) ** p).sum(axis=1)  # of a block that both hit: the last bits, to a small power
@@ -76,21 +59,13 @@ def test_splitting_gains_over_rounding(bits: int, symmetric: bool) -> None:
 
 
 @few
-@given(blocks(), forms)
-def test_law_codes_and_losses_are_what_is_stored(w: Array, form: tuple[int, bool, str]) -> None:
-    found = fit(w, form)
-    assert found.codes_GbN.dtype == np.uint8
-    assert found.scale_GN.dtype == form[2]
-    assert (found.scale_GN != 0).all()
-    assert found.codes_GbN.max() < 2 ** form[0]
-    assert (found.zero_GN is None) == form[1]
-    if found.zero_GN is not None:
-        assert found.zero_GN.max() < 2 ** form[0]
-    np.testing.assert_allclose(found.loss_GN, ((w - restored(found, form[0])) ** 2).sum(axis=1), rtol=1e-6)
+@given(weight_blocks(), forms)
+def test_law_codes_and_losses_are_what_is_stored(w: Array, form: Form) -> None:
+    check_stored(fit(w, form), w, form)
 
 
 @few
-@given(blocks(), st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from([2.0**-9, 4.0, 2.0**12]))
+@given(weight_blocks(), st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from([2.0**-9, 4.0, 2.0**12]))
 def test_law_twice_the_weights_have_the_same_codes(w: Array, bits: int, symmetric: bool, factor: float) -> None:
     one, other = fit(w, (bits, symmetric, "float64")), fit(w * factor, (bits, symmetric, "float64"))
     np.testing.assert_array_equal(one.codes_GbN, other.codes_GbN)
@@ -100,15 +75,8 @@ def test_law_twice_the_weights_have_the_same_codes(w: Array, bits: int, symmetri
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_law_a_grid_is_reproduced(bits: int) -> None:
-    rng = np.random.default_rng(bits)
-    levels = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 32, 5)).astype(float)
-    levels[:, 0] = -(2 ** (bits - 1))
-    w = levels * rng.choice([-1, 1], (3, 1, 5)) * rng.uniform(0.01, 2, (3, 1, 5))
-    np.testing.assert_allclose(restored(fit(w, (bits, True, "float64")), bits), w, atol=1e-12)
-    span = levels - levels.min(axis=1, keepdims=True)
-    span[:, 1] = 2**bits - 1
-    w = (span - rng.integers(0, 2**bits, (3, 1, 5))) * rng.uniform(0.01, 2, (3, 1, 5))
-    np.testing.assert_allclose(restored(fit(w, (bits, False, "float64")), bits), w, atol=1e-12)
+    for symmetric, w in zip((True, False), on_grids(np.random.default_rng(bits), bits), strict=True):
+        np.testing.assert_allclose(restored(fit(w, (bits, symmetric, "float64")), bits), w, atol=1e-12)
 
 
 def test_law_blocks_are_independent_and_runs_are_equal() -> None:

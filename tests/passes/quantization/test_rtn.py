@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding_laws import on_grids, weight_blocks
 
 from onnxpress.compiler import packing, pipeline
 from onnxpress.compiler.errors import OptionError
@@ -28,17 +29,7 @@ Scales = Literal["max", "mse"]
 few = settings(max_examples=30, deadline=None, derandomize=True)
 
 
-@st.composite
-def blocks(draw: st.DrawFn) -> Array:
-    """float64 [G, b, N]: normal weights with what hurts: outliers, constant and zero blocks, tiny and huge scales."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**31 - 1)))
-    w = rng.standard_normal((2, draw(st.sampled_from([16, 32, 64])), 7))
-    w[:, 3, 0] *= 50
-    w[0, :, 1] = 0
-    w[1, :, 2] = draw(st.floats(-2, 2))
-    w[:, :, 3] *= 10.0 ** draw(st.integers(-6, 4))
-    w[:, :, 4] = np.abs(w[:, :, 4])
-    return w
+blocks = weight_blocks(outlier=50, decades=(-6, 4), digits=None)
 
 
 def rounded(w: Array, **options: Any) -> tuple[Array, Array, Array, Array]:
@@ -50,7 +41,7 @@ def rounded(w: Array, **options: Any) -> tuple[Array, Array, Array, Array]:
 
 
 @few
-@given(blocks(), st.sampled_from([2, 4, 8]))
+@given(blocks, st.sampled_from([2, 4, 8]))
 def test_law_error_is_at_most_half_a_step(w: Array, bits: int) -> None:
     restored, step, steps, _ = rounded(w, bits=bits, symmetric=True)
     # The end opposite to the largest weight has no level of its own: there the error may reach one step.
@@ -62,7 +53,7 @@ def test_law_error_is_at_most_half_a_step(w: Array, bits: int) -> None:
 
 
 @few
-@given(blocks(), st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from(["float16", "float32", "float64"]))
+@given(blocks, st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from(["float16", "float32", "float64"]))
 def test_law_least_squares_is_never_worse_than_the_range(w: Array, bits: int, symmetric: bool, dtype: str) -> None:
     common = {"bits": bits, "symmetric": symmetric, "scale_dtype": np.dtype(dtype)}
     *_, plain = rounded(w, scales="max", **common)
@@ -76,15 +67,8 @@ def test_law_least_squares_is_never_worse_than_the_range(w: Array, bits: int, sy
 @given(st.integers(0, 2**31 - 1), st.sampled_from([2, 4, 8]), st.sampled_from(["max", "mse"]))
 def test_law_a_grid_is_reproduced(seed: int, bits: int, scales: Scales) -> None:
     rng = np.random.default_rng(seed)
-    levels = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 32, 5)).astype(np.float64)
-    levels[:, 0] = -(2 ** (bits - 1))
-    w = levels * rng.choice([-1, 1], (3, 1, 5)) * rng.uniform(0.01, 2, (3, 1, 5))
-    assert np.allclose(rounded(w, bits=bits, scales=scales)[0], w, atol=1e-12)
-    span = levels - levels.min(axis=1, keepdims=True)
-    span[:, 1] = 2**bits - 1
-    zero = rng.integers(0, 2**bits, (3, 1, 5))
-    shifted = (span - zero) * rng.uniform(0.01, 2, (3, 1, 5))
-    assert np.allclose(rounded(shifted, bits=bits, symmetric=False, scales=scales)[0], shifted, atol=1e-12)
+    for symmetric, w in zip((True, False), on_grids(rng, bits), strict=True):
+        assert np.allclose(rounded(w, bits=bits, symmetric=symmetric, scales=scales)[0], w, atol=1e-12)
 
 
 def test_least_squares_gains_on_normal_weights() -> None:
