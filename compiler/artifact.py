@@ -135,6 +135,8 @@ def open_artifact(directory: str | Path) -> Artifact:
     """
     directory = Path(directory)
     manifest = directory / MANIFEST
+    if not directory.exists():
+        raise BadModelFileError(f"{directory}: no such file or directory", hint="check the path")
     if not manifest.is_file():
         raise BadModelFileError(
             f"{directory}: expected an artifact of onnxpress, found no {MANIFEST}", hint="write one: onnxpress optimize"

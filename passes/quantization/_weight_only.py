@@ -323,7 +323,7 @@ class WeightOnly(Pass):
     ) -> str | None:
         if stored := node_format(node):
             if not self.requantize:
-                return f"already quantized: {stored}; requantize=True rounds it anew"
+                return f"already quantized: {stored}; rtn(requantize=True) rounds it anew"
             if stored == _described(node.op_type, chosen):
                 return f"already quantized: {stored}, as asked for"
             if len(node.inputs) > 4 and node.op_type == "MatMulNBits" and node.inputs[4] is not None:

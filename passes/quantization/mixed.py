@@ -22,7 +22,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
+from onnxpress.compiler.errors import CalibrationError, OptionError, PreconditionError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
@@ -115,6 +115,7 @@ class Mixed(Pass):
         scratch = Report()
         items = self._items(model, context, scratch)
         if not items:
+            self._check_size(model)
             return self._inner({}).run(model, context)  # says why of each matrix
         ids_WS, facts = context.calibration.windows(self.probe, self.probe)
         sites = [site for item in items for site in item.sites]
@@ -157,6 +158,16 @@ class Mixed(Pass):
         report.metrics["expected_if_rounded"] = expected
         report.notes += _table(items, chosen, measure, expected)
         return report
+
+    def _check_size(self, model: ir.Model) -> None:
+        """Raises PreconditionError where a size is asked for and nothing is left that could be made smaller."""
+        present = _other_bytes(model, [])
+        if self.size is not None and present > (_bytes(self.size) or 0):
+            raise PreconditionError(
+                f"mixed: size={self.size} cannot be met: no float matrix is left, "
+                f"and the files take {_written(present)}",
+                hint="begin with the float model; rtn(requantize=True) rounds codes anew",
+            )
 
     def _inner(self, overrides: dict[str, dict[str, int | bool | str]]) -> WeightOnly:
         common: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import OptionError, PreconditionError
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
@@ -237,6 +237,16 @@ def test_a_wrong_exclude_is_told_before_anything_is_measured(monkeypatch: pytest
     monkeypatch.setattr(Sensitivity, "distance", lambda *_: pytest.fail("measured first"))
     with pytest.raises(OptionError, match="matches no linear"):
         run(network(), "bits=5.0, exclude=('blok0.*',)")
+
+
+def test_a_model_without_float_matrices_that_is_too_large() -> None:
+    model = network()
+    run(model, "bits=6.0, method='rtn'")
+    report = run(model, "size='10MB'")
+    assert not report.changed
+    assert all("already quantized" in reason for reason in report.reasons())
+    with pytest.raises(PreconditionError, match="no float matrix is left"):
+        run(model, "size='100kB'")
 
 
 def test_excluded_matrices_stay_float() -> None:

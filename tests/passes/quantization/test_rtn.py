@@ -227,7 +227,7 @@ def test_second_run_skips_with_a_reason() -> None:
     report = Rtn().run(model, Context())
     assert not report.modified
     stored = "MatMulNBits, 4 bits in blocks of 32"
-    assert report.reasons() == {f"already quantized: {stored}; requantize=True rounds it anew": 6}
+    assert report.reasons() == {f"already quantized: {stored}; rtn(requantize=True) rounds it anew": 6}
 
 
 def test_overrides_by_role_and_by_name() -> None:
