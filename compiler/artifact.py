@@ -24,6 +24,7 @@ from onnxpress.compiler.errors import BadModelFileError
 from onnxpress.compiler.genai import genai_config
 from onnxpress.compiler.report import Card, installed
 from onnxpress.compiler.sample_text import default_text
+from onnxpress.compiler.scales import shortened
 from onnxpress.compiler.staging import MANIFEST
 from onnxpress.compiler.target import Target
 
@@ -174,14 +175,15 @@ def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", max_in_
         model.metadata_props[PIPELINE_KEY] = pipeline
     _drop_exporter_notes(model)
     path = directory / GRAPH
-    ir.save(
-        model,
-        path,
-        external_data=DATA,
-        size_threshold_bytes=INLINE_BYTES,
-        max_workers=min(4, os.cpu_count() or 1),
-        max_in_flight_bytes=max_in_flight_bytes,
-    )
+    with shortened(model, threshold=INLINE_BYTES):
+        ir.save(
+            model,
+            path,
+            external_data=DATA,
+            size_threshold_bytes=INLINE_BYTES,
+            max_workers=min(4, os.cpu_count() or 1),
+            max_in_flight_bytes=max_in_flight_bytes,
+        )
     return path
 
 

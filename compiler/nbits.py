@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxpress.compiler import packing
 from onnxpress.compiler.linears import MICROSOFT, Embedding, Linear, drop_unused, unique_name
 from onnxpress.compiler.region import build_model, run
+from onnxpress.compiler.scales import stored_nbytes
 
 BITS = (2, 4, 8)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -44,8 +45,8 @@ class CodedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return self.codes.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+        """Bytes of codes, scales and zero points in a file."""
+        return self.codes.nbytes + stored_nbytes(self.scale) + (0 if self.zero is None else self.zero.nbytes)
 
     def w_NK(self) -> npt.NDArray[np.float32]:  # noqa: N802
         """The matrix that the codes stand for, float32 [N, K]."""

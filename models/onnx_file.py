@@ -21,6 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnxpress.compiler.errors import BadModelFileError
+from onnxpress.compiler.scales import restore
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def load_onnx(path: Path) -> ir.Model:
     try:
         model = ir.from_proto(proto)
         _settle(model, path, real)
+        restore(model)
     except BadModelFileError:
         raise
     # What a hostile or broken graph makes onnx_ir raise is not a closed list: SerdeError, KeyError, ValueError, ...

@@ -7,6 +7,7 @@ second says how far from the machine's limit a model runs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -146,13 +147,23 @@ def weight_bytes_per_step(graph: Skeleton) -> int:
             readers[name].append((node, slot))
         for name in node.inner:
             readers[name].append((node, -1))
+    casts = {node.outputs[0] for node in graph.nodes if node.op_type == "Cast" and node.inputs[0] in graph.initializers}
     total = 0
     for name, tensor in graph.initializers.items():
         if not readers[name]:
             continue
         rows = tensor.shape[0] if tensor.shape and _is_table(name, readers) else 1
-        total += tensor.num_bytes // max(1, rows)
+        num_bytes = tensor.num_bytes
+        # The short form of scales is multiplied out once, and read as float32 (`onnxpress.compiler.scales`).
+        if all(node.op_type == "Cast" and node.to == _FLOAT for node, _ in readers[name]):
+            num_bytes = 4 * math.prod(tensor.shape)
+        elif all(node.op_type == "Mul" and node.inputs[0] in casts for node, _ in readers[name]):
+            continue
+        total += num_bytes // max(1, rows)
     return total
+
+
+_FLOAT = 1  # of TensorProto.DataType
 
 
 # Slots of which an operator reads only the row that an index names.
@@ -162,7 +173,7 @@ _TABLES = {
     "GroupQueryAttention": {7, 8},
     "RotaryEmbedding": {1, 2, 3},
 }
-_VIEWS = frozenset({"Identity", "Reshape"})
+_VIEWS = frozenset({"Identity", "Reshape", "Cast", "Mul"})
 
 
 def _is_table(name: str, readers: dict[str, list[tuple[Node, int]]]) -> bool:

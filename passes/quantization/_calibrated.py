@@ -31,7 +31,7 @@ from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.quantization import _grids, _rounding
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import Floats, fit_grid
-from onnxpress.passes.quantization._rounding import pack_columns, stored_scale
+from onnxpress.passes.quantization._rounding import pack_columns, scale_unit, stored_scale
 from onnxpress.passes.quantization._weight_only import (
     FLOATS,
     Coded,
@@ -140,11 +140,12 @@ class Calibrated(WeightOnly):
             block_size=chosen.block_size,
             symmetric=chosen.symmetric,
         )
-        grid.scale_GN = stored_scale(grid.scale_GN, dtype)
+        unit = scale_unit(grid.scale_GN, chosen.bits, dtype, chosen.scale_bits)
+        grid.scale_GN = stored_scale(grid.scale_GN, dtype, unit)
         steps_KN = least_squares.sweep(target_KN, moments, grid)
         for _ in range(self.rounds):
             least_squares.descend(steps_KN, target_KN, moments, grid)
-            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype)
+            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype, unit)
         if self.rounds:
             least_squares.descend(steps_KN, target_KN, moments, grid)
         return steps_KN, grid

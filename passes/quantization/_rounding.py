@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from onnxpress.compiler import packing
 from onnxpress.compiler.nbits import CodedMatrix
+from onnxpress.compiler.scales import multiples, unit_of
 
 Floats = npt.NDArray[Any]
 Codes = npt.NDArray[np.uint8]
@@ -35,6 +36,8 @@ _ASYMMETRIC: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     4: ((0.85, 0.92, 1.04), (0.0,)),
     8: (_SYMMETRIC[8][0], (0.0,)),
 }
+# How much larger than the scale that spans the weights one may get that is found by search and refits
+_HEADROOM = {2: 1.6, 4: 1.15, 8: 1.25}
 # The smallest scale that is stored: normal numbers of float32 and wider, of float16
 _SMALLEST = (1.2e-38, 6.2e-5)
 # Weights worked on at a time: in a core's share of the cache, and long enough that threads seldom wait for each other
@@ -81,12 +84,18 @@ class Rounded(NamedTuple):
         return steps
 
 
-# Codes of the blocks [G, b, N] that a slice of all G blocks of a row holds
-Kernel = Callable[[Floats, slice], Rounded]
+# Codes of blocks [G, b, N]
+Kernel = Callable[[Floats], Rounded]
 
 
 def round_blocks(
-    w_GbN: Floats, *, bits: int, symmetric: bool, scales: Literal["max", "mse"], scale_dtype: np.dtype[Any]
+    w_GbN: Floats,
+    *,
+    bits: int,
+    symmetric: bool,
+    scales: Literal["max", "mse"],
+    scale_dtype: np.dtype[Any],
+    scale_bits: int = 32,
 ) -> Rounded:
     """Codes and scales of blocks that lie along axis 1.
 
@@ -96,6 +105,7 @@ def round_blocks(
         symmetric: the zero point is 2^(bits - 1); else every block has its own.
         scales: "max" spreads the levels over the range of the block; "mse" searches for the least squared error.
         scale_dtype: type in which scales are stored.
+        scale_bits: 8 for scales that are whole multiples of a unit of their row (all G blocks must be given then).
 
     Returns:
         Codes, scales (negative where the largest weight of a symmetric block is positive), zero points, and the squared
@@ -107,18 +117,19 @@ def round_blocks(
     Cost:   O(K N) for each start, about 1 ns a weight and start.
     """
     scale_GN, zero_GN = spread_range(w_GbN, bits, symmetric)
-    best, zero = stored_scale(scale_GN, scale_dtype), zero_GN
+    unit = scale_unit(scale_GN, bits, scale_dtype, scale_bits)
+    best, zero = stored_scale(scale_GN, scale_dtype, unit), zero_GN
     if scales == "mse":
         start = best
         found, zero = _search(w_GbN, scale_GN, zero_GN, bits, symmetric)
-        best = stored_scale(found, scale_dtype)
+        best = stored_scale(found, scale_dtype, unit)
         steps = nearest_steps(w_GbN, best, zero, bits)
-        best = refit(steps, w_GbN, best, scale_dtype)
+        best = refit(steps, w_GbN, best, scale_dtype, unit)
     else:
         steps = nearest_steps(w_GbN, best, zero, bits)
     loss = _loss(w_GbN, steps, best)
-    if scales == "mse" and scale_dtype.itemsize < w_GbN.dtype.itemsize:
-        # Rounded to a narrower type, the scale found may do worse than the one that the search began with.
+    if scales == "mse" and (unit is not None or scale_dtype.itemsize < w_GbN.dtype.itemsize):
+        # Rounded to a narrower type or to multiples, the scale found may do worse than the one the search began with.
         plain = nearest_steps(w_GbN, start, zero_GN, bits, "plain")
         plain_loss = _loss(w_GbN, plain, start)
         worse = plain_loss < loss
@@ -156,8 +167,24 @@ def nonzero(scale: Floats) -> Floats:
     return np.where(scale == 0, scale.dtype.type(1), scale)
 
 
-def stored_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
+def scale_unit(scale_GN: Floats, bits: int, dtype: np.dtype[Any], scale_bits: int) -> Floats | None:
+    """The unit of each row [N] of which scales are to be whole multiples; None where they may be any number.
+
+    Args:
+        scale_GN: scales that span the weights; those that are found in the end may be somewhat larger.
+        bits: of the codes.
+        dtype: type in which scales are stored.
+        scale_bits: 8 asks for multiples, which only float32 scales gain from.
+    """
+    if scale_bits != 8 or dtype != np.float32:
+        return None
+    return unit_of(np.abs(scale_GN).max(axis=0) * scale_GN.dtype.type(_HEADROOM[bits]))
+
+
+def stored_scale(scale: Floats, dtype: np.dtype[Any], unit_N: Floats | None = None) -> Floats:
     """The scale as it will be read back; one that would underflow becomes the smallest normal number, not zero."""
+    if unit_N is not None:
+        return multiples(scale, unit_N)
     smallest = scale.dtype.type(_SMALLEST[dtype == np.float16])
     safe = np.where(np.abs(scale) < smallest, np.copysign(smallest, scale), scale)
     return safe.astype(dtype).astype(scale.dtype)
@@ -182,6 +209,7 @@ def refit(
     w_GbN: Floats,
     scale_GN: Floats,
     dtype: np.dtype[Any],
+    unit_N: Floats | None = None,
     weighted_GbN: Floats | None = None,
 ) -> Floats:
     """The stored scale of least squared error for these steps; `scale_GN` where there is none that can be stored.
@@ -191,7 +219,7 @@ def refit(
     weighted = steps_GbN if weighted_GbN is None else weighted_GbN
     product, square = dot(weighted, w_GbN), dot(weighted, steps_GbN)
     scale = np.divide(product, square, out=np.zeros_like(product), where=square != 0)
-    return np.where(np.abs(scale) < _SMALLEST[dtype == np.float16], scale_GN, stored_scale(scale, dtype))
+    return np.where(np.abs(scale) < _SMALLEST[dtype == np.float16], scale_GN, stored_scale(scale, dtype, unit_N))
 
 
 def dot(a_GbN: Floats, b_GbN: Floats) -> Floats:
@@ -261,11 +289,14 @@ def round_matrix(
     symmetric: bool,
     scales: Literal["max", "mse"],
     scale_dtype: np.dtype[Any],
+    scale_bits: int = 32,
 ) -> tuple[CodedMatrix, float, float]:
     """`round_blocks` over a whole matrix, as `code_matrix` does it."""
 
-    def kernel(w_GbN: Floats, part: slice) -> Rounded:
-        return round_blocks(w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype)
+    def kernel(w_GbN: Floats) -> Rounded:
+        return round_blocks(
+            w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype, scale_bits=scale_bits
+        )
 
     return code_matrix(w_NK, kernel, bits=bits, block_size=block_size, symmetric=symmetric, scale_dtype=scale_dtype)
 
@@ -277,7 +308,7 @@ def code_matrix(
 
     Args:
         w_NK: weights, float32 or float64. Not changed.
-        kernel: gives the codes of a piece; the slice says which blocks of a row the piece has.
+        kernel: gives the codes of a piece, which consists of whole rows.
         bits, block_size, symmetric: of the codes.
         scale_dtype: type in which scales are stored.
 
@@ -290,27 +321,24 @@ def code_matrix(
     scale = np.empty((rows, num_blocks), scale_dtype)
     zero = None if symmetric else np.empty((rows, num_blocks), np.uint8)
     loss = norm = 0.0
-    step_rows = min(rows, 1024)
-    step_blocks = max(1, _CHUNK // (step_rows * block_size))
+    step_rows = min(rows, max(16, _CHUNK // (num_blocks * block_size)))
+    missing = num_blocks * block_size - columns
     for row in range(0, rows, step_rows):
         band = slice(row, row + step_rows)
-        for block in range(0, num_blocks, step_blocks):
-            part = slice(block, min(block + step_blocks, num_blocks))
-            # The codes run along the rows of memory: numpy then adds whole rows instead of 32 numbers at a time.
-            w_KN = w_NK[band, block * block_size : part.stop * block_size].T
-            missing = (part.stop - block) * block_size - w_KN.shape[0]
-            if missing:
-                w_KN = np.pad(w_KN, ((0, missing), (0, 0)))
-            w_GbN = scratch.like(w_KN, "weights")
-            np.copyto(w_GbN, w_KN)
-            w_GbN = w_GbN.reshape(part.stop - block, block_size, -1)
-            q_GbN, scale_GN, zero_GN, loss_GN = kernel(w_GbN, part)
-            codes[band, part] = pack_columns(q_GbN, bits).transpose(2, 0, 1)
-            scale[band, part] = scale_GN.T
-            if zero is not None and zero_GN is not None:
-                zero[band, part] = zero_GN.T
-            loss += float(loss_GN.sum(dtype=np.float64))
-            norm += float(dot(w_GbN, w_GbN).sum(dtype=np.float64))
+        # The codes run along the rows of memory: numpy then adds whole rows instead of 32 numbers at a time.
+        w_KN = w_NK[band].T
+        if missing:
+            w_KN = np.pad(w_KN, ((0, missing), (0, 0)))
+        w_GbN = scratch.like(w_KN, "weights")
+        np.copyto(w_GbN, w_KN)
+        w_GbN = w_GbN.reshape(num_blocks, block_size, -1)
+        q_GbN, scale_GN, zero_GN, loss_GN = kernel(w_GbN)
+        codes[band] = pack_columns(q_GbN, bits).transpose(2, 0, 1)
+        scale[band] = scale_GN.T
+        if zero is not None and zero_GN is not None:
+            zero[band] = zero_GN.T
+        loss += float(loss_GN.sum(dtype=np.float64))
+        norm += float(dot(w_GbN, w_GbN).sum(dtype=np.float64))
     packed = None if zero is None else packing.pack_zero_points(zero, bits)
     return CodedMatrix(codes, scale, packed, columns, bits, block_size), loss, norm
 

@@ -13,6 +13,7 @@ Axes:    N out features, K in features, G = ceil(K / b) blocks, b columns of a b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from onnxpress.passes.quantization._rounding import (
     nearest_steps,
     nonzero,
     round_blocks,
+    scale_unit,
     scratch,
     spread_range,
     stored_scale,
@@ -44,7 +46,14 @@ _FITS = 3  # rounds in which the scale is fitted, the zero point being whole
 
 
 def hqq(
-    w_GbN: Floats, *, bits: int, symmetric: bool, scale_dtype: np.dtype[Any], p: float = 0.7, rounds: int = 20
+    w_GbN: Floats,
+    *,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: np.dtype[Any],
+    scale_bits: int = 32,
+    p: float = 0.7,
+    rounds: int = 20,
 ) -> Rounded:
     """Codes and scales of blocks along axis 1: the least sum of |w - (code - zero) scale|^p that is found.
 
@@ -53,6 +62,7 @@ def hqq(
         bits: 2, 4 or 8.
         symmetric: the zero point is 2^(bits - 1) and only the scale is fitted; else every block has its own.
         scale_dtype: type in which scales are stored.
+        scale_bits: 8 for scales that are whole multiples of a unit of their row (all G blocks must be given then).
         p: in (0, 1): the smaller, the more a few large errors are preferred to many small ones.
         rounds: in which the zero point moves.
 
@@ -61,9 +71,11 @@ def hqq(
     Cost:   O(K N) for each round, with one power per weight.
     """
     unit, start_zero = spread_range(w_GbN, bits, symmetric)
+    form: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": scale_dtype, "scale_bits": scale_bits}
+    row_unit = scale_unit(unit, bits, scale_dtype, scale_bits)
     best: list[Floats] = []  # steps, scale, zero, sum of |error|^p
     for scales in ("mse", "max"):
-        plain = round_blocks(w_GbN, bits=bits, symmetric=symmetric, scales=scales, scale_dtype=scale_dtype)
+        plain = round_blocks(w_GbN, scales=scales, **form)
         zero = start_zero if plain.zero_GN is None else plain.zero_GN.astype(w_GbN.dtype)
         scale = plain.scale_GN.astype(w_GbN.dtype)
         _keep(best, w_GbN, unit, plain.steps_GbN(bits, w_GbN.dtype), scale, zero, p)
@@ -74,7 +86,7 @@ def hqq(
         below = np.floor(_zero_point(x_GbN, start_zero, bits, p, rounds))
         candidates = [np.clip(one, 0, 2**bits - 1) for one in (below, below + 1)]
     for zero in candidates:
-        scale = stored_scale(_scale(x_GbN, zero, bits, p) * unit, scale_dtype)
+        scale = stored_scale(_scale(x_GbN, zero, bits, p) * unit, scale_dtype, row_unit)
         _keep(best, w_GbN, unit, nearest_steps(w_GbN, scale, zero, bits), scale, zero, p)
     steps, scale, zero, _ = best
     error = steps * scale[:, None] - w_GbN
@@ -166,10 +178,9 @@ class Hqq(WeightOnly):
         return rounded(sites, context, self.name(), self._coded)
 
     def _coded(self, site: Site) -> Coded:
-        bits, block_size, symmetric, _ = site.format
-        form: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": site.dtype.numpy()}
-
-        def kernel(w_GbN: Floats, part: slice) -> Rounded:
-            return hqq(w_GbN, p=self.p, rounds=self.rounds, **form)
-
+        form: dict[str, Any] = {**site.format._asdict(), "scale_dtype": site.dtype.numpy()}
+        del form["scales"]  # finds its own
+        block_size = form.pop("block_size")
+        kernel = functools.partial(hqq, p=self.p, rounds=self.rounds, **form)
+        del form["scale_bits"]
         return Coded(*code_matrix(site.read(), kernel, block_size=block_size, **form))

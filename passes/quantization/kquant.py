@@ -35,6 +35,7 @@ from onnxpress.passes.quantization._rounding import (
     nonzero,
     refit,
     round_blocks,
+    scale_unit,
     scratch,
     spread_range,
     stored_scale,
@@ -58,7 +59,13 @@ _STEPS: dict[int, tuple[float, ...]] = {
 
 
 def kquant(
-    w_GbN: Floats, importance_Gb: Floats | None, *, bits: int, symmetric: bool, scale_dtype: np.dtype[Any]
+    w_GbN: Floats,
+    importance_Gb: Floats | None,
+    *,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: np.dtype[Any],
+    scale_bits: int = 32,
 ) -> Rounded:
     """Codes and scales of blocks along axis 1: the least sum of u (w - (code - zero) scale)^2 that is found.
 
@@ -70,6 +77,7 @@ def kquant(
         bits: 2, 4 or 8.
         symmetric: the zero point is 2^(bits - 1); else every block has its own.
         scale_dtype: type in which scales are stored.
+        scale_bits: 8 for scales that are whole multiples of a unit of their row (all G blocks must be given then).
 
     Laws:   never a larger sum than that of `round_blocks` with "mse", on any block of which a column counts; a block on
             a grid that `round_blocks` reproduces is reproduced; twice the weights, the same codes and twice the scales;
@@ -77,7 +85,9 @@ def kquant(
     Cost:   O(K N) for each of about 15 ranges, 30 where symmetric.
     """
     live_GbN, u_GbN = _importance(w_GbN, importance_Gb)
-    plain = round_blocks(live_GbN, bits=bits, symmetric=symmetric, scales="mse", scale_dtype=scale_dtype)
+    form: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_dtype": scale_dtype, "scale_bits": scale_bits}
+    plain = round_blocks(live_GbN, scales="mse", **form)
+    unit = scale_unit(spread_range(live_GbN, bits, symmetric)[0], bits, scale_dtype, scale_bits)
     first_scale = plain.scale_GN.astype(w_GbN.dtype)
     if plain.zero_GN is None:
         first_zero = np.full_like(first_scale, 2 ** (bits - 1))
@@ -85,9 +95,9 @@ def kquant(
         first_zero = plain.zero_GN.astype(w_GbN.dtype)
     first_loss = _loss(live_GbN, u_GbN, plain.steps_GbN(bits, w_GbN.dtype), first_scale)
     found, zero = _search(live_GbN, u_GbN, first_scale, first_zero, bits, symmetric)
-    scale = stored_scale(found, scale_dtype)
+    scale = stored_scale(found, scale_dtype, unit)
     steps = nearest_steps(live_GbN, scale, zero, bits)
-    scale = refit(steps, live_GbN, scale, scale_dtype, u_GbN * steps)
+    scale = refit(steps, live_GbN, scale, scale_dtype, unit, u_GbN * steps)
     loss = _loss(live_GbN, u_GbN, steps, scale)
     worse = ~(loss < first_loss)
     scale, zero = np.where(worse, first_scale, scale), np.where(worse, first_zero, zero)
@@ -248,20 +258,13 @@ class Kquant(WeightOnly):
 
 
 def _coded(site: Site, importance_K: Floats | None = None) -> Coded:
-    bits, block_size, symmetric, _ = site.format
-    scale_dtype = site.dtype.numpy()
-    kernel = functools.partial(kquant, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+    form: dict[str, Any] = {**site.format._asdict(), "scale_dtype": site.dtype.numpy()}
+    del form["scales"]  # finds its own
+    block_size = form.pop("block_size")
     importance_Gb = None
     if importance_K is not None:
         padded = np.pad(importance_K, (0, -len(importance_K) % block_size))
         importance_Gb = padded.reshape(-1, block_size)
-    return Coded(
-        *code_matrix(
-            site.read(),
-            lambda w_GbN, part: kernel(w_GbN, None if importance_Gb is None else importance_Gb[part]),
-            bits=bits,
-            block_size=block_size,
-            symmetric=symmetric,
-            scale_dtype=scale_dtype,
-        )
-    )
+    kernel = functools.partial(kquant, importance_Gb=importance_Gb, **form)
+    del form["scale_bits"]
+    return Coded(*code_matrix(site.read(), kernel, block_size=block_size, **form))

@@ -32,18 +32,19 @@ from onnxpress.passes.quantization._mixed import Fitted, Rounded
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
 from onnxpress.passes.quantization._weight_only import Format, Site, WeightOnly, fitting_block, token_tables
 
-# From small to large. With text to fit them to, symmetric blocks of 32 are as good as ones with zero points.
+# From small to large
 _FORMATS = (
     Format(4, 128, False),
     Format(4, 64, False),
     Format(4, 32, True),
-    Format(8, 128, True, "max"),
+    Format(4, 32, False),
     Format(8, 64, True, "max"),
+    Format(8, 32, True, "max"),
 )
 _PROBE = Format(4, 32, True)  # in which the cost of a matrix is measured
 _ROWS = 1024  # of a matrix that tell the error of a format
 _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
-_PER_NODE = 400  # bytes that the names of codes, scales and zero points take in the graph at most
+_PER_NODE = 900  # bytes that codes, scales and zero points and their names take in the graph at most
 _EXACT = 1e-8  # squared relative error below which a format holds the weights as they are
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _TRIES = 7  # plans that are run to meet a loss
@@ -87,6 +88,7 @@ class Mixed(Pass):
     tokens: int = 16384  # of calibration text for gptq
     length: int = 1024  # tokens of a window of it
     probe: int = 512  # tokens on which costs are measured
+    scale_bits: int = 8  # of a float32 scale in the file: 8 or 32; see `rtn`
     accuracy_level: int = 4  # of 4-bit matrices on the CPU: 4 int8 activations, 0 float activations
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head"
 
@@ -172,6 +174,7 @@ class Mixed(Pass):
     def _inner(self, overrides: dict[str, dict[str, int | bool | str]]) -> WeightOnly:
         common: dict[str, Any] = {
             "accuracy_level": self.accuracy_level,
+            "scale_bits": self.scale_bits,
             "exclude": self.exclude,
             "overrides": overrides,
         }
@@ -193,12 +196,14 @@ class Mixed(Pass):
             grouped.setdefault(key, _Item([])).sites.append(site)
         for item in grouped.values():
             for one in _FORMATS:
-                chosen = one._replace(symmetric=True) if context.target.provider == "cuda" else one
+                chosen = one._replace(scale_bits=self.scale_bits)
+                if context.target.provider == "cuda":
+                    chosen = chosen._replace(symmetric=True)
                 blocks = {
                     fitting_block(site.shape[1], one.block_size, one.bits, exact=bool(site.embeddings))
                     for site in item.sites
                 }
-                if blocks == {one.block_size}:
+                if blocks == {one.block_size} and chosen not in item.formats:
                     item.formats.append(chosen)
             if not item.formats:  # narrower than any of these blocks
                 item.formats = [item.sites[0].format, item.sites[0].format._replace(bits=8)]
@@ -340,7 +345,10 @@ def _nbytes(item: _Item, chosen: Format) -> int:
         rows, columns = site.shape
         blocks = -(-columns // chosen.block_size)
         zeros = 0 if chosen.symmetric else -(-blocks * chosen.bits // 8)
-        total += rows * (blocks * (chosen.block_size * chosen.bits // 8 + site.dtype.numpy().itemsize) + zeros)
+        scales = blocks * site.dtype.numpy().itemsize
+        if chosen.scale_bits == 8 and site.dtype == ir.DataType.FLOAT:
+            scales = min(scales, blocks + 4)
+        total += rows * (blocks * (chosen.block_size * chosen.bits // 8) + scales + zeros)
     return total
 
 

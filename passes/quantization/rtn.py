@@ -32,7 +32,7 @@ class Rtn(WeightOnly):
         return cls(block_size=16)
 
     def _format(self, names: list[str], kind: str, *, is_head: bool) -> Format:
-        plain = Format(self.bits, self.block_size, self.symmetric, self.scales)
+        plain = Format(self.bits, self.block_size, self.symmetric, self.scales, self.scale_bits)
         return self._overridden(plain, names, kind, is_head=is_head)
 
     def code(

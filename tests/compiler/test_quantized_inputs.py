@@ -84,7 +84,7 @@ def test_requantize_reads_back_and_rounds_anew(tied: bool, symmetric: bool) -> N
     model, exact = network(tied), network(tied)
     Rtn(bits=8, block_size=32, symmetric=symmetric).run(model, Context())
     weights = {one.name: one.w_NK() for one in find_linears(model)}
-    report = Rtn(bits=4, block_size=16, requantize=True, accuracy_level=0).run(model, Context())
+    report = Rtn(bits=4, block_size=16, requantize=True, accuracy_level=0, scale_bits=32).run(model, Context())
     assert report.reasons() == {}
     linears = find_linears(model)
     formats = summarize(model).quantized
@@ -129,7 +129,7 @@ def test_a_bias_inside_of_the_operator_survives() -> None:
     node.resize_inputs(6)
     node.replace_input_with(5, value)
     before = graphs.run(model)["logits"]
-    Rtn(bits=8, block_size=16, requantize=True).run(model, Context())
+    Rtn(bits=8, block_size=16, requantize=True, scale_bits=32).run(model, Context())
     check.close(before, graphs.run(model)["logits"], tolerance=0.02)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.artifact import write_graph
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import OptionError, PreconditionError
 from onnxpress.compiler.journal import Journal
@@ -91,7 +92,7 @@ def run(model: ir.Model, text: str, journal: Journal | None = None) -> Report:
 def test_the_files_are_no_larger_than_asked(tmp_path: Path, kilobytes: int, tied: bool) -> None:
     model = network(tied=tied)
     report = run(model, f"size='{kilobytes}kB', method='rtn'")
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    write_graph(model, tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert 0.93 * kilobytes * 1000 <= size <= kilobytes * 1000
     assert len({(row["bits"], row["block_size"]) for row in report.ledger}) > 1
@@ -131,7 +132,7 @@ def test_a_matrix_without_a_say_gets_the_fewest_bits() -> None:
     rows = {row["site"]: row for row in report.ledger}
     silent = [row for name, row in rows.items() if name.startswith("block1.")]
     assert len(silent) == 3
-    assert all((row["bits"], row["block_size"]) == (4, 128) for row in silent)
+    assert all(row["bits"] == 4 for row in silent)
     assert sum(row["expected_kl"] for row in silent) < 0.01 * sum(row["expected_kl"] for row in rows.values())
     assert any(row["bits"] == 8 for row in rows.values())
 
