@@ -192,6 +192,6 @@ def _restore(graph: ir.Graph, value: ir.Value, nodes: list[ir.Node], parts: list
     made.replace_all_uses_with(value)
     graph.remove(nodes[::-1], safe=True)
     for part in parts:
-        if part.name in graph.initializers and not part.uses():
+        if part.name is not None and part.name in graph.initializers and not part.uses():
             del graph.initializers[part.name]
     graph.register_initializer(value)
