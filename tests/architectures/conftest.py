@@ -35,6 +35,8 @@ def architectures(
     request: pytest.FixtureRequest, placements: dict[tuple[str, str], str]
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows for the table."""
+    if request.config.getoption("--update-architectures") and hasattr(request.config, "workerinput"):
+        raise pytest.UsageError("--update-architectures needs all tests in one process: leave --numprocesses out")
     rows: list[dict[str, Any]] = []
     yield rows
     if request.config.getoption("--update-architectures"):

@@ -124,3 +124,18 @@ def test_kernels_see_plain_scales(tmp_path: Path) -> None:
     ir.save(model, plain / "model.onnx")
     short, full = (weight_bytes_per_step(skeleton.read(one / "model.onnx")) for one in (tmp_path, plain))
     assert short == pytest.approx(full, rel=1e-3)
+
+
+def test_sessions_must_fold_constants(tmp_path: Path) -> None:
+    # The one condition of the short form, told in the documentation. Fails once ONNX Runtime no longer asks for it.
+    write_graph(quantized(True), tmp_path)
+    ids = {"input_ids": np.arange(12)[None]}
+    logits = {}
+    levels = ort.GraphOptimizationLevel
+    for level in (levels.ORT_ENABLE_ALL, levels.ORT_ENABLE_BASIC, levels.ORT_DISABLE_ALL):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = level
+        session = ort.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        logits[level] = session.run(None, ids)[0]
+    np.testing.assert_allclose(logits[levels.ORT_ENABLE_BASIC], logits[levels.ORT_ENABLE_ALL], atol=1e-4)
+    assert np.abs(logits[levels.ORT_DISABLE_ALL] - logits[levels.ORT_ENABLE_ALL]).max() > 0.1
