@@ -74,7 +74,7 @@ class Calibrated(WeightOnly):
         unfit: set[int] = set()
         if wanted:
             windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
-            section = context.journal.section(str(self), context.target.name, _identity())
+            section = context.journal.section(str(self), context.target.name, identity())
             with Calibration(model, windows, wanted, context.work_dir) as run:
                 for number, stage in enumerate(context.track(run.stages, self.name())):
                     digest = run.digest(stage)
@@ -82,7 +82,7 @@ class Calibrated(WeightOnly):
                     group = run.observe(stage, with_stats=record is None)
                     if record is not None:
                         done = [_read(record, index) for index, _ in enumerate(group.linears)]
-                    elif _is_finite(group):
+                    elif is_finite(group):
                         done = self._fit(group, site_of)
                         section.write(str(number), digest, _record(done))
                     else:
@@ -120,7 +120,7 @@ class Calibrated(WeightOnly):
             for pieces in _batches(linears):
                 w_KN = np.concatenate([w_NK.T for _, w_NK in pieces], axis=1)
                 target_KN = w_KN if correction_KK is None else w_KN + correction_KK @ w_KN
-                steps_KN, grid = self._solve(target_KN, chosen, dtype, moments)
+                steps_KN, grid = solve(target_KN, chosen, dtype, moments, rounds=self.rounds)
                 start = 0
                 for linear, w_NK in pieces:
                     rows = slice(start, start + len(w_NK))
@@ -129,36 +129,45 @@ class Calibrated(WeightOnly):
                     parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, moments))
         return [_joined(parts[id(linear)]) for linear in group.linears]
 
-    def _solve(
-        self, target_KN: Floats, chosen: Format, dtype: np.dtype[Any], moments: least_squares.Moments
-    ) -> tuple[Floats, least_squares.Grid]:
-        """Signed steps and the grid they lie on, scales as they will be stored."""
-        grid = fit_grid(
-            target_KN,
-            moments.hessian_KK.diagonal(),
-            bits=chosen.bits,
-            block_size=chosen.block_size,
-            symmetric=chosen.symmetric,
-        )
-        unit = scale_unit(grid.scale_GN, chosen.bits, dtype, chosen.scale_bits)
-        grid.scale_GN = stored_scale(grid.scale_GN, dtype, unit)
-        steps_KN = least_squares.sweep(target_KN, moments, grid)
-        for _ in range(self.rounds):
-            least_squares.descend(steps_KN, target_KN, moments, grid)
-            grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype, unit)
-        if self.rounds:
-            least_squares.descend(steps_KN, target_KN, moments, grid)
-        return steps_KN, grid
+
+def solve(
+    target_KN: Floats, chosen: Format, dtype: np.dtype[Any], moments: least_squares.Moments, *, rounds: int
+) -> tuple[Floats, least_squares.Grid]:
+    """Signed steps [K, N] and the grid they lie on, scales as they will be stored.
+
+    Args:
+        target_KN: what the product of steps and scales is to be like, turned, float32.
+        chosen: the format.
+        dtype: of the activation.
+        moments: of it.
+        rounds: of coordinate descent and refitted scales after the sweep.
+    """
+    grid = fit_grid(
+        target_KN,
+        moments.hessian_KK.diagonal(),
+        bits=chosen.bits,
+        block_size=chosen.block_size,
+        symmetric=chosen.symmetric,
+    )
+    unit = scale_unit(grid.scale_GN, chosen.bits, dtype, chosen.scale_bits)
+    grid.scale_GN = stored_scale(grid.scale_GN, dtype, unit)
+    steps_KN = least_squares.sweep(target_KN, moments, grid)
+    for _ in range(rounds):
+        least_squares.descend(steps_KN, target_KN, moments, grid)
+        grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype, unit)
+    if rounds:
+        least_squares.descend(steps_KN, target_KN, moments, grid)
+    return steps_KN, grid
 
 
-def _identity() -> str:
+def identity() -> str:
     """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
     sources = [__file__, *(module.__file__ for module in (calibration, least_squares, _grids, _rounding))]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {os.cpu_count()} cores"
 
 
-def _is_finite(group: Group) -> bool:
+def is_finite(group: Group) -> bool:
     """Whether both streams gave finite activations."""
     drift_KK = group.stats.drift_KK
     return bool(np.isfinite(group.stats.gram_KK).all() and (drift_KK is None or np.isfinite(drift_KK).all()))

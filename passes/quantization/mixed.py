@@ -2,7 +2,8 @@
 
 Each matrix (queries with keys, and gate with up, count as one: they are computed as one) is rounded alone and the KL
 divergence of the model's predictions measured. What another format would cost follows from the error of the weights in
-it, to which the divergence is proportional while it is small. A knapsack solver then spends the bytes.
+it, to which the divergence is proportional while it is small; with method='gptq' from the error that fitting a few of
+its rows leaves at its outputs. A knapsack solver then spends the bytes.
 
 Paper:   arXiv:1911.03852 (HAWQ-V2: sensitivity times error, summed); measured here instead of a Hessian's trace
 Axes:    N out features, K in features
@@ -28,6 +29,7 @@ from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
 from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.passes.quantization._allocation import Option, allocate
+from onnxpress.passes.quantization._fitted_errors import fitted_errors
 from onnxpress.passes.quantization._mixed import Fitted, Rounded
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
 from onnxpress.passes.quantization._weight_only import Format, Site, WeightOnly, fitting_block, token_tables
@@ -47,6 +49,7 @@ _UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**
 _PER_NODE = 900  # bytes that codes, scales and zero points and their names take in the graph at most
 _EXACT = 1e-8  # squared relative error below which a format holds the weights as they are
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
+_FITTING_TOKENS = 4096  # of text that tell how much fitting helps
 _TRIES = 7  # plans that are run to meet a loss
 
 
@@ -57,7 +60,8 @@ class _Item:
     sites: list[Site]
     formats: list[Format] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
-    cost: float = 0.0  # of `_PROBE`
+    probe: Format = _PROBE  # in which it was rounded to measure
+    cost: float = 0.0  # of that
 
     @property
     def name(self) -> str:
@@ -137,6 +141,8 @@ class Mixed(Pass):
         if self.kl is not None and measure != "KL divergence":
             raise OptionError("mixed: kl has no meaning for a model without logits", hint="give size= or bits=")
         self._price(items, sensitivity, model, context, ids_WS)
+        if self.method == "gptq":
+            self._reprice(items, model, context)
         chosen = self._choose(items, model, sensitivity)
         del sensitivity  # holds the activations of the whole model
         overrides: dict[str, dict[str, int | bool | str]] = {}
@@ -157,8 +163,9 @@ class Mixed(Pass):
                 index
             ].cost / len(item.sites)
         report.calibration.setdefault("costs", f"{measure} on {facts['text']}")
-        report.metrics["expected_if_rounded"] = expected
-        report.notes += _table(items, chosen, measure, expected)
+        how = "rounded" if self.method == "rtn" else "fitted"
+        report.metrics[f"expected_if_{how}"] = expected
+        report.notes += _table(items, chosen, f"{measure} expected of {how} codes", expected)
         return report
 
     def _check_size(self, model: ir.Model) -> None:
@@ -223,7 +230,7 @@ class Mixed(Pass):
         section = context.journal.section("mixed", context.target.name, str(self.probe))
         for number, item in enumerate(context.track(items, f"{self.name()}: what each matrix costs")):
             # Weights that were on such a grid before show nothing there: then the coarsest format is the probe.
-            probe = _PROBE if _error(item, _PROBE) > _EXACT else item.formats[0]
+            item.probe = probe = _PROBE if _error(item, _PROBE) > _EXACT else item.formats[0]
             record = section.read(str(number), digest.hexdigest())
             if record is None:
                 found = sensitivity.distance(_replacements(item, probe))
@@ -236,6 +243,34 @@ class Mixed(Pass):
                 Option(item.cost * (ratio if np.isfinite(ratio) else 1.0), _nbytes(item, one))
                 for ratio, one in zip(ratios, item.formats, strict=True)
             ]
+
+    def _reprice(self, items: list[_Item], model: ir.Model, context: Context) -> None:
+        """Costs after fitting: that of rounding, times what fitting leaves of the error at the matrix's outputs."""
+        formats = {id(site): [item.probe, *item.formats] for item in items for site in item.sites}
+        # What fitting does for a head it does not do for the table of tokens it shares its matrix with.
+        sites = [site for item in items for site in item.sites if not site.embeddings]
+        tokens = min(self.tokens, _FITTING_TOKENS)
+        damping = Fitted.damping * max(1.0, _FITTING_TOKENS / tokens)
+        errors = fitted_errors(
+            model,
+            formats,
+            sites,
+            context,
+            tokens=tokens,
+            length=min(self.length, tokens),
+            damping=damping,
+            label=f"{self.name()}: what fitting leaves of it",
+        )
+        for item in items:
+            known = [errors[id(site)] for site in item.sites if id(site) in errors]
+            if len(known) < len(item.sites) or not item.cost:
+                continue
+            before = sum(one for one, _ in known)
+            if before > 0:
+                item.options = [
+                    Option(item.cost * sum(after[index] for _, after in known) / before, option.nbytes)
+                    for index, option in enumerate(item.options)
+                ]
 
     def _choose(self, items: list[_Item], model: ir.Model, sensitivity: Sensitivity) -> list[int]:
         """The index of a format for each item."""
@@ -368,10 +403,10 @@ def _other_bytes(model: ir.Model, items: Sequence[_Item]) -> int:
     return kept + graph + _PER_NODE * nodes
 
 
-def _table(items: Sequence[_Item], chosen: Sequence[int], measure: str, expected: float) -> list[str]:
+def _table(items: Sequence[_Item], chosen: Sequence[int], what: str, expected: float) -> list[str]:
     """What was decided, per kind: how many matrices in which format, and their part of the expected loss."""
     silent = [item.name for item in items if item.cost == 0]
-    lines = [f"{measure} expected of plain rounding: {expected:.4f}; by kind of matrix:"]
+    lines = [f"{what}: {expected:.4f}; by kind of matrix:"]
     kinds: dict[str, tuple[Counter[str], float]] = {}
     for item, index in zip(items, chosen, strict=True):
         one = item.formats[index]

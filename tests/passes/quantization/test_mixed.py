@@ -20,7 +20,9 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.passes.quantization._allocation import Option, allocate
+from onnxpress.passes.quantization._fitted_errors import fitted_errors
 from onnxpress.passes.quantization._rounding import round_matrix
+from onnxpress.passes.quantization._weight_only import Format
 from onnxpress.passes.quantization.mixed import Mixed
 
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_met_names_the_nearest(option: str) -> None:
 
 def test_the_decision_is_told() -> None:
     report = run(network(), "bits=5.5, method='rtn'")
-    assert report.notes[0].startswith("KL divergence expected of plain rounding")
+    assert report.notes[0].startswith("KL divergence expected of rounded codes")
     assert any(line.strip().startswith("down:") and "bits in blocks of" in line for line in report.notes)
     expected = sum(row["expected_kl"] for row in report.ledger)
     assert expected == pytest.approx(report.metrics["expected_if_rounded"])
@@ -282,3 +284,37 @@ def test_a_size_may_have_any_unit() -> None:
                 Mixed(size=text)
         else:
             Mixed(size=text)
+
+
+def test_law_fitting_leaves_less_than_rounding_and_more_bits_less_still() -> None:
+    model = network()
+    context = Context(calibration=CalibrationText(vocab_size=200))
+    pass_ = Mixed(bits=5.0)
+    items = pass_._items(model, context, Report())
+    sites = [site for item in items for site in item.sites]
+    formats = {id(site): [Format(4, 32, True), *item.formats] for item in items for site in item.sites}
+    errors = fitted_errors(model, formats, sites, context, tokens=2048, length=256, damping=0.01, label="fitting")
+    assert len(errors) == sum(bool(site.linears) for site in sites)
+    for item in items:
+        for site in item.sites:
+            if site.linears:
+                before, after = errors[id(site)]
+                sizes = {
+                    (one.bits, one.block_size, one.symmetric): error
+                    for one, error in zip(item.formats, after, strict=True)
+                }
+                assert sizes[4, 32, True] < 0.9 * before
+                assert sizes[8, 32, True] < 0.02 * sizes[4, 32, True]
+                assert sizes[4, 32, False] < sizes[4, 64, False] < sizes[4, 128, False]
+
+
+def test_costs_of_fitted_codes_are_those_that_fitting_leaves() -> None:
+    ledgers = [
+        {row["site"]: row for row in run(network(), f"bits=5.0, method='{how}'").ledger} for how in ("rtn", "gptq")
+    ]
+    same = [name for name, row in ledgers[0].items() if row["bits"] == ledgers[1][name]["bits"] == 4]
+    assert same
+    for name in same:
+        rounded, fitted = (ledger[name] for ledger in ledgers)
+        if rounded["block_size"] == fitted["block_size"] and name != "embedding":
+            assert 0 < fitted["expected_kl"] < rounded["expected_kl"]
