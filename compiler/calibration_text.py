@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from onnxpress.compiler.sample_text import TOPICS, default_text
 
 Array = npt.NDArray[Any]
 
+OWN = "text that the model wrote"
+
 
 @dataclass(frozen=True)
 class CalibrationText:
     """Texts and the tokenizer that turns them into windows.
 
     Attributes:
-        texts: name of a source to its text; English that comes with Python when empty.
+        texts: name of a source to its text; English that comes with Python when there is no source at all.
+        own: `own(num_tokens, length)` gives ids [W, S] of texts that the model itself writes, which are a source too.
         tokenizer: `tokenizer.json` of the model; without it windows are random token ids.
         vocab_size: ids stay below it.
         max_length: tokens that the model takes at once, None when that is not known.
@@ -36,6 +39,7 @@ class CalibrationText:
     """
 
     texts: Mapping[str, str] = field(default_factory=dict)
+    own: Callable[[int, int], npt.NDArray[np.int64]] | None = None
     tokenizer: Path | None = None
     vocab_size: int = 2
     max_length: int | None = None
@@ -58,24 +62,32 @@ class CalibrationText:
             CalibrationError: a text has fewer than two tokens.
         """
         length = min(length, self.max_length or length, num_tokens)
-        count = max(1, num_tokens // length)
-        if self.tokenizer is None:
+        if self.tokenizer is None and self.own is None:
             rng = np.random.default_rng(self.seed)
-            ids = rng.integers(0, max(self.vocab_size, 2), (count, length), dtype=np.int64)
+            ids = rng.integers(0, max(self.vocab_size, 2), (max(1, num_tokens // length), length), dtype=np.int64)
             return ids, self._facts(ids, f"{ids.size} random tokens, since the model has no tokenizer.json")
+        streams = self._streams()
+        number = len(streams) + (self.own is not None)
+        written = [] if self.own is None else [*self.own(-(-num_tokens // number), length)]
+        length = min(length, *map(len, streams.values()), *map(len, written))
+        count = max(1, num_tokens // length)
+        # Each source gives the same number of windows, in turn, so that a prefix of the windows is a mixture too.
+        shares = [_spread(stream, length, -(-count // number)) for stream in streams.values()]
+        shares += [[text[:length] for text in written]] if written else []
+        turns = itertools.zip_longest(*shares)
+        ids = np.concatenate([window for turn in turns for window in turn if window is not None])
+        ids = ids.reshape(-1, length)[:count]
+        return ids, self._facts(ids, f"{ids.size} tokens of {', '.join([*streams, *([OWN] if written else [])])}")
+
+    def _streams(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Token ids of each text."""
+        if self.tokenizer is None or (self.own is not None and not self.texts):
+            return {}
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.tokenizer))
         texts = dict(self.texts) or {TOPICS: default_text()}
-        streams = {name: self._tokens(tokenizer, name, text) for name, text in texts.items()}
-        length = min(length, *(len(stream) for stream in streams.values()))
-        count = max(1, num_tokens // length)
-        # Each text gives the same number of windows, in turn, so that a prefix of the windows is a mixture too.
-        shares = [_spread(stream, length, -(-count // len(streams))) for stream in streams.values()]
-        turns = itertools.zip_longest(*shares)
-        ids = np.concatenate([window for turn in turns for window in turn if window is not None])
-        ids = ids.reshape(-1, length)[:count]
-        return ids, self._facts(ids, f"{ids.size} tokens of {', '.join(streams)}")
+        return {name: self._tokens(tokenizer, name, text) for name, text in texts.items()}
 
     def _tokens(self, tokenizer: Any, name: str, text: str) -> npt.NDArray[np.int64]:
         found = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)

@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress import models
@@ -23,8 +25,9 @@ from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import registry
 from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
+from onnxpress.compiler.calibration_sources import Given, own_text, read_sources
 from onnxpress.compiler.calibration_text import CalibrationText
-from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.journal import Journal
@@ -58,7 +61,7 @@ def optimize(
     recipe: str | None = None,
     passes: str | Pipeline | Sequence[Pass] | None = None,
     target: str = "cpu",
-    calibration: str | Path | None = None,
+    calibration: Given = None,
     verify: bool = False,
     measure: bool = True,
     seed: int = 0,
@@ -79,7 +82,8 @@ def optimize(
         recipe: name of a pipeline, see `onnxpress recipes`; "int4" when `passes` is not given either.
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
         target: "cpu", "cuda" (float16) or "cuda-bf16".
-        calibration: text file for passes that look at activations; the loss is measured on it too.
+        calibration: text for passes that look at activations, one source or several; see `read_sources`. The loss is
+            measured on the first that is a text. English of Python's own help by default.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
@@ -101,7 +105,7 @@ def optimize(
         pipeline = _keeping(pipeline)
     journal = Journal(lambda: zoo.cache_dir() / "journal")
     context = Context(target=chosen_target, seed=seed, journal=journal)
-    text = _read(calibration)
+    texts, is_self = read_sources(calibration)
     if track is not None:
         context.track = track
     clock = _Clock()
@@ -125,7 +129,8 @@ def optimize(
             )
         context.config, context.stored_types = dict(source.config), source.stored_types
         context.calibration = CalibrationText(
-            texts={str(calibration): text} if calibration is not None else {},
+            texts=texts,
+            own=_own_text(source, context) if is_self else None,
             tokenizer=source.files.get("tokenizer.json"),
             vocab_size=_vocab_size(source),
             max_length=context_length(source.config),
@@ -223,23 +228,16 @@ def _keeping(pipeline: Pipeline) -> Pipeline:
     return Pipeline(tuple(passes))
 
 
-def _read(path: str | Path | None) -> str:
-    """Calibration text.
-
-    Raises:
-        CalibrationError: no such file, not text, or empty.
-    """
-    if path is None:
-        return ""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}", hint="give a text file") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: expected UTF-8 text: {error.reason}", hint="give a text file") from error
-    if not text.strip():
-        raise CalibrationError(f"{path}: expected text, found an empty file", hint="give a few pages of plain text")
-    return text
+def _own_text(source: models.Source, context: Context) -> Callable[[int, int], npt.NDArray[np.int64]]:
+    first = source.config.get("bos_token_id")
+    return own_text(
+        source.model_path,
+        first=first if isinstance(first, int) else None,
+        vocab_size=_vocab_size(source),
+        seed=context.seed,
+        section=context.journal.section("own text", source.name),
+        track=context.track,
+    )
 
 
 def _temporary() -> Path:

@@ -27,7 +27,13 @@ def optimize(
     ] = None,
     target: Annotated[str, typer.Option(metavar="cpu|cuda|cuda-bf16", help="What the artifact is built for.")] = "cpu",
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text for passes that look at activations.")
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text for passes that look at activations: a file, a folder, a dataset (org/name:config@split), "
+            "'default' (Python's own help) or 'self' (the model writes it); may be given several times.",
+            show_default="default",
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare outputs before and after every pass that promises the same.")
