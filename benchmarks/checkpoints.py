@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,40 @@ class Checkpoint:
 
         return self._once(f"{kind}.gguf", f"llama.cpp makes its {kind} file", make)
 
+    def built(self, python: Path, checkpoint: Path, name: str, arguments: list[str]) -> Path:
+        """A model of onnxruntime-genai's builder, with options of its command line."""
+
+        def make(target: Path) -> None:
+            command = [str(python), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(target)]
+            cache = target.with_name(f"{target.name}.cache")
+            run([*command, "-e", "cpu", "-c", str(cache), *arguments], "onnxruntime-genai's builder")
+            for file in ("tokenizer.json", "tokenizer_config.json"):  # as in `genai_int4`
+                shutil.copyfile(checkpoint / file, target / file)
+
+        return self._once(f"genai-{_plain(name)}", f"onnxruntime-genai's builder makes {name}", make)
+
+    def ort_quantized(self, exported: Path, algorithm: str, text: Path) -> Path:
+        """The ONNX export quantized by ONNX Runtime's MatMulNBits quantizer, in this environment."""
+
+        def make(target: Path) -> None:
+            command = [sys.executable, str(HERE / "quantize_onnx.py"), str(exported), str(target), algorithm, str(text)]
+            run(command, "onnxruntime.quantization")
+
+        return self._once(f"ort-{_plain(algorithm)}", f"onnxruntime.quantization makes {algorithm}", make)
+
+    def passed(self, exported: Path, passes: str, calibration: Path | None, *, fresh: bool) -> Path:
+        """An artifact of ours, by a recipe's name or the text of a pipeline; kept unless `fresh`."""
+        name = f"onnxpress-{_plain(passes)}"
+
+        def make(target: Path) -> None:
+            how = ["--passes" if "," in passes else "--recipe", passes]
+            how += ["--calibration", str(calibration)] if calibration else []
+            run(onnxpress("optimize", exported, "-o", target, *how, "--quiet", "--no-measure"), "onnxpress optimize")
+
+        if fresh:
+            _remove(self.folder / name)
+        return self._once(name, f"onnxpress makes {passes}", make)
+
     def optimized(self, model: str, recipe: str) -> Path:
         """A fresh artifact of `onnxpress optimize`; never kept from an earlier run, for the code may have changed."""
         target = self.folder / f"onnxpress-{recipe}"
@@ -176,6 +211,11 @@ def last_json(text: str, what: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BenchmarkError(f"{what}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _plain(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def _remove(path: Path) -> None:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from terminal import BenchmarkError, say
 
-RECIPES = ("fp32", "int8", "int4")
+RECIPES = ("fp32", "int8", "int4-rtn")
 LAYERS, WIDTH, WINDOW = 3, 128, 16  # of the small random models; the window is gemma2's
 
 Shape = tuple[int, ...]

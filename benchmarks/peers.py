@@ -25,8 +25,8 @@ from typing import Any
 
 import conversion
 import environments
+import perplexities
 import psutil
-import quality
 import speed
 from checkpoints import Checkpoint, genai_builder, model_bytes, onnxpress, read_through, run
 from client import HERE, Worker
@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 
 PARTS = ("speed", "quality", "convert")
 ZOO_NAME = "smollm2-135m"
-RECIPE = "int4"
+RECIPE = "int4-rtn"
 LLAMA_KIND = "Q4_0"
 # Perplexity protocol: the first tokens of the text, in windows, without a token for its beginning.
 EVAL_TOKENS, EVAL_CONTEXT = 8192, 1024
@@ -136,9 +136,9 @@ def run_quality(systems: Systems) -> dict[str, Any]:
     for name, path in systems.models.items():
         if path.suffix == ".gguf":
             continue
-        table[name] = quality.of_onnx(name, path, options.text, tokens=options.eval_tokens, context=EVAL_CONTEXT)
+        table[name] = perplexities.of_onnx(name, path, options.text, tokens=options.eval_tokens, context=EVAL_CONTEXT)
         detokenized = table[name]["detokenized"]
-        seen = quality.token_ids(path, options.text, detokenized=detokenized, tokens=options.eval_tokens)
+        seen = perplexities.token_ids(path, options.text, detokenized=detokenized, tokens=options.eval_tokens)
         if ids and seen != ids:
             raise BenchmarkError(
                 f"{name}: expected the token ids that {next(iter(table))} has for the text, got others",
@@ -150,7 +150,7 @@ def run_quality(systems: Systems) -> dict[str, Any]:
         for kind in (LLAMA_KIND, "F16"):
             path = systems.gguf(kind)
             with systems.worker(f"{environments.LLAMA.title} {kind}", path, EVAL_CONTEXT) as worker:
-                table[worker.name] = quality.of_gguf(worker, path, ids, context=EVAL_CONTEXT)
+                table[worker.name] = perplexities.of_gguf(worker, path, ids, context=EVAL_CONTEXT)
     return table
 
 

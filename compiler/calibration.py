@@ -30,7 +30,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler.errors import CalibrationError, UnsupportedModelError
+from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Float2D, Linear
 from onnxpress.compiler.pass_ import subgraphs
 from onnxpress.compiler.region import build_model, first_line
@@ -151,7 +151,7 @@ class Calibration:
             with_stats: whether anybody will look at them; without, only the streams advance.
 
         Raises:
-            CalibrationError: this part of the graph does not run on these windows.
+            StreamingError: this part of the graph does not run on these windows.
         """
         streams, activation = self._streams, stage.linears[0].activation
         plain = [_array(value) for value in stage.weights]
@@ -370,7 +370,7 @@ def open_session(graph: bytes, stage: Stage) -> ort.InferenceSession:
     """A session of a stage's graph.
 
     Raises:
-        CalibrationError: ONNX Runtime refuses it.
+        StreamingError: ONNX Runtime refuses it.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -385,7 +385,7 @@ def call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -
     """Outputs of a stage from its inputs and weights, in their order.
 
     Raises:
-        CalibrationError: this part of the graph does not run on them.
+        StreamingError: this part of the graph does not run on them.
     """
     try:
         return list(session.run(None, {f"i{index}": array for index, array in enumerate(arrays)}))
@@ -393,9 +393,9 @@ def call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -
         raise _cannot_run(stage, error) from error
 
 
-def _cannot_run(stage: Stage, error: Exception) -> CalibrationError:
+def _cannot_run(stage: Stage, error: Exception) -> StreamingError:
     place = stage.linears[0].name if stage.linears else "the output"
-    return CalibrationError(
+    return StreamingError(
         f"calibration: what leads to {place} does not run on windows of text: {first_line(error)}",
         hint="does the model take fewer tokens at once? try a smaller length=",
     )

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import CalibrationError
+from onnxpress.compiler.errors import CalibrationError, StreamingError
 from onnxpress.compiler.sample_text import TOPICS, default_text
 
 Array = npt.NDArray[Any]
@@ -115,7 +115,7 @@ def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64]) -> list[dict[str, Arra
         ids_WS: token ids.
 
     Raises:
-        CalibrationError: it reads something else than text.
+        StreamingError: it reads something else than text.
     """
     length = ids_WS.shape[1]
     known = {
@@ -134,12 +134,12 @@ def feeds(graph: ir.Graph, ids_WS: npt.NDArray[np.int64]) -> list[dict[str, Arra
             sizes = [dim if isinstance(dim, int) else 1 if axis == 0 else 0 for axis, dim in enumerate(value.shape)]
             array = np.zeros(sizes)
         else:
-            raise CalibrationError(
+            raise StreamingError(
                 f"calibration: the model reads {name!r}, and calibration text gives token ids only",
                 hint="quantize it without data: rtn",
             )
         shared[name] = array.astype((value.dtype or ir.DataType.FLOAT).numpy())
     ids_type = next((value.dtype for value in graph.inputs if value.name == "input_ids"), None)
     if ids_type is None:
-        raise CalibrationError("calibration: the model reads no token ids", hint="quantize it without data: rtn")
+        raise StreamingError("calibration: the model reads no token ids", hint="quantize it without data: rtn")
     return [{**shared, "input_ids": ids_S[None].astype(ids_type.numpy())} for ids_S in ids_WS]

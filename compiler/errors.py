@@ -65,6 +65,10 @@ class CalibrationError(UserError):
     """Calibration or evaluation text is missing or too short."""
 
 
+class StreamingError(CalibrationError):
+    """Text cannot be streamed through the model: it reads something else, or does not run on the windows."""
+
+
 class OutputError(UserError):
     """The output directory cannot be written or replaced."""
 

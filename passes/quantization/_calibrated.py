@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import calibration, packing
 from onnxpress.compiler.calibration import Calibration, Group
+from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
@@ -56,6 +57,7 @@ class Calibrated(WeightOnly):
     teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
     ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
     rounds: int = 2  # of coordinate descent and refitted scales after the sweep
+    fallback: bool = False  # round to the nearest, and say so, what no text can be streamed to; else that is an error
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,26 +74,14 @@ class Calibrated(WeightOnly):
         wanted = [linear for linear in linears if id(linear) in site_of]
         found: dict[int, Coded] = {}
         unfit: set[int] = set()
-        if wanted:
-            windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
-            section = context.journal.section(str(self), context.target.name, identity())
-            with Calibration(model, windows, wanted, context.work_dir) as run:
-                for number, stage in enumerate(context.track(run.stages, self.name())):
-                    digest = run.digest(stage)
-                    record = section.read(str(number), digest)
-                    group = run.observe(stage, with_stats=record is None)
-                    if record is not None:
-                        done = [_read(record, index) for index, _ in enumerate(group.linears)]
-                    elif is_finite(group):
-                        done = self._fit(group, site_of)
-                        section.write(str(number), digest, _record(done))
-                    else:
-                        unfit |= {id(site_of[id(linear)]) for linear in group.linears}
-                        continue
-                    for linear, coded in zip(group.linears, done, strict=True):
-                        # Where layers share a weight, the first of them decides.
-                        coded = found.setdefault(id(site_of[id(linear)]), coded)
-                        group.replace(linear, coded.matrix.w_NK())
+        try:
+            if wanted:
+                self._stream(model, wanted, site_of, found, unfit, context, report)
+        except (StreamingError, UnsupportedModelError) as error:
+            if not self.fallback:
+                raise
+            report.notes.append(f"rounded to the nearest, not fitted to text, from here on: {error.message}")
+            site_of = {id(linear): site for site in sites if id(site) in found for linear in site.linears}
         for site in sites:
             if id(site) in found:
                 yield site, found.pop(id(site))
@@ -100,6 +90,37 @@ class Calibrated(WeightOnly):
         # Tables that are only gathered, and what is stored in integers already, see no activation of their own.
         rest = [site for site in sites if not any(id(linear) in site_of for linear in site.linears)]
         yield from rounded(rest, context, self.name())
+
+    def _stream(
+        self,
+        model: ir.Model,
+        wanted: list[Linear],
+        site_of: dict[int, Site],
+        found: dict[int, Coded],
+        unfit: set[int],
+        context: Context,
+        report: Report,
+    ) -> None:
+        """Puts the codes of every site into `found`, or its id into `unfit`, as text gets there."""
+        windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
+        section = context.journal.section(str(self), context.target.name, identity())
+        with Calibration(model, windows, wanted, context.work_dir) as run:
+            for number, stage in enumerate(context.track(run.stages, self.name())):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest)
+                group = run.observe(stage, with_stats=record is None)
+                if record is not None:
+                    done = [_read(record, index) for index, _ in enumerate(group.linears)]
+                elif is_finite(group):
+                    done = self._fit(group, site_of)
+                    section.write(str(number), digest, _record(done))
+                else:
+                    unfit |= {id(site_of[id(linear)]) for linear in group.linears}
+                    continue
+                for linear, coded in zip(group.linears, done, strict=True):
+                    # Where layers share a weight, the first of them decides.
+                    coded = found.setdefault(id(site_of[id(linear)]), coded)
+                    group.replace(linear, coded.matrix.w_NK())
 
     def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
         """Codes of the linears of a group, which share an activation; those of one format are fitted together."""

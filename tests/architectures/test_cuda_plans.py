@@ -95,9 +95,13 @@ def test_every_float_node_runs_on_cuda(
 @pytest.mark.parametrize(
     ("architecture", "recipe", "target"),
     [
-        *(("llama", recipe, target) for recipe in ("int8", "int4", "int4-small") for target in ("cuda", "cuda-bf16")),
-        ("qwen2", "int4", "cuda"),
-        ("qwen3_moe", "int4", "cuda-bf16"),
+        *(
+            ("llama", recipe, target)
+            for recipe in ("int8", "int4-rtn", "int4-small")
+            for target in ("cuda", "cuda-bf16")
+        ),
+        ("qwen2", "int4-rtn", "cuda"),
+        ("qwen3_moe", "int4-rtn", "cuda-bf16"),
     ],
 )
 def test_quantized_nodes_run_on_cuda(

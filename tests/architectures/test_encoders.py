@@ -91,7 +91,7 @@ def test_encoder(
     assert all(difference <= TOLERANCE for difference in differences.values()), differences
 
 
-@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4", 0.97)])
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4-rtn", 0.97)])
 def test_quantized_encoders_stay_near(big_tiny_export: Export, tmp_path: Path, recipe: str, least: float) -> None:
     artifact = optimize(big_tiny_export("bert", "optimum"), output=tmp_path / recipe, recipe=recipe)
     quality = artifact.report["quality"]
@@ -106,7 +106,7 @@ def test_quantized_encoders_stay_near(big_tiny_export: Export, tmp_path: Path, r
 
 
 @pytest.mark.parametrize(("architecture", "has_kl"), [("bert_classifier", True), ("vit", False), ("embedder", False)])
-@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.998), ("int4", 0.8)])
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.998), ("int4-rtn", 0.8)])
 def test_the_cosine_in_the_card_is_that_of_the_outputs(
     tiny_export: Export, tmp_path: Path, architecture: str, has_kl: bool, recipe: str, least: float
 ) -> None:

@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", check.CLOSE), ("int8", 2e-2), ("int4", 2e-1)])
+@pytest.mark.parametrize(("recipe", "tolerance"), [("fp32", check.CLOSE), ("int8", 2e-2), ("int4-rtn", 2e-1)])
 def test_every_recipe_takes_it(tmp_path: Path, recipe: str, tolerance: float, flag: bool) -> None:
     artifact = optimize(saved(tmp_path), output=tmp_path / "out", recipe=recipe, verify=True)
     feeds = {**FEEDS, "flag": np.array(flag)}
@@ -60,7 +60,7 @@ def test_inspect_counts_bytes_wherever_they_are() -> None:
     assert summary.bytes >= 4 * (8 * 32 + 64 * 40 + 64 * 64)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-small"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-rtn"])
 def test_a_model_without_any_product(tmp_path: Path, recipe: str) -> None:
     """No head and no embedding: what the recipes say about them must not be an error."""
     text = """<ir_version: 7, opset_import: ["": 11]> g (float[1, 1, ?] x) => (float[1, 64, n] y) {

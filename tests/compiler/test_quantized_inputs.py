@@ -39,11 +39,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ir.save(decoder(), folder / "model.onnx")
     return {
         recipe: optimize(folder / "model.onnx", output=folder / recipe, recipe=recipe, measure=False).directory
-        for recipe in ("fp32", "int8", "int4")
+        for recipe in ("fp32", "int8", "int4-rtn")
     }
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4-rtn"])
 def test_our_own_artifacts_are_left_alone(artifacts: dict[str, Path], tmp_path: Path, recipe: str) -> None:
     card = optimize(artifacts[recipe], output=tmp_path / "again", recipe=recipe, verify=True).report
     found = rows(card)
@@ -59,7 +59,7 @@ def test_our_own_artifacts_are_left_alone(artifacts: dict[str, Path], tmp_path: 
         assert sum(formats.values()) == sum(skip["count"] for skip in skips)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4-rtn"])
 def test_blocks_of_a_fused_graph_are_complete(artifacts: dict[str, Path], tmp_path: Path, recipe: str) -> None:
     blocks = explain_fusion(models.load(artifacts[recipe], work_dir=tmp_path).model, Context())
     assert len(blocks) > 1

@@ -76,7 +76,7 @@ def greedy(artifact: Artifact, prompt: str, count: int) -> list[int]:
     return list(model.generate(ids, max_new_tokens=count).tokens)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4", "int4-small"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int4-rtn"])
 def test_golden(artifact: Callable[[str], Artifact], exported: Artifact, request: Any, recipe: str) -> None:
     made = artifact(recipe)
     graph = ir.load(made.model_path).graph
@@ -106,7 +106,7 @@ def test_sizes_and_node_counts(artifact: Callable[[str], Artifact]) -> None:
     assert operators["GroupQueryAttention"] == 30
     assert operators["SkipSimplifiedLayerNormalization"] == 60
     assert artifact("int8").nbytes <= 150e6
-    assert artifact("int4").nbytes <= 97e6
+    assert artifact("int4-rtn").nbytes <= 97e6
 
 
 def test_greedy_equals_transformers(artifact: Callable[[str], Artifact], exported: Artifact) -> None:
@@ -143,7 +143,7 @@ def test_loads_in_optimum(artifact: Callable[[str], Artifact]) -> None:
     from optimum.onnxruntime import ORTModelForCausalLM
     from transformers import AutoTokenizer
 
-    made = artifact("int4")
+    made = artifact("int4-rtn")
     tokenizer = AutoTokenizer.from_pretrained(made.directory)
     model = ORTModelForCausalLM.from_pretrained(made.directory, provider="CPUExecutionProvider")
     ids = tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False)

@@ -131,7 +131,7 @@ def test_a_model_without_experts_is_left_alone() -> None:
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_experts_in_four_bits(tmp_path: Path, architecture: str) -> None:
     checkpoint = tiny.save_tiny(architecture, tmp_path / "checkpoint")
-    made = optimize(checkpoint, output=tmp_path / "made", recipe="int4")
+    made = optimize(checkpoint, output=tmp_path / "made", recipe="int4-rtn")
     assert made.report["source"]["experts"] == "2 blocks, a few linears per expert"
     assert made.report["source"]["exporter"] == choose(None)[0]
     # Each of 4 experts in 2 layers: gate and up in one matrix or two, and down.

@@ -14,7 +14,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration import Group
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
-from onnxpress.compiler.errors import NumericalError, OptionError
+from onnxpress.compiler.errors import CalibrationError, NumericalError, OptionError, StreamingError
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
@@ -23,6 +23,7 @@ from onnxpress.passes.quantization._grids import fit_grid
 from onnxpress.passes.quantization._least_squares import Grid, Moments
 from onnxpress.passes.quantization._weight_only import Coded, Site
 from onnxpress.passes.quantization.gptq import Gptq
+from onnxpress.passes.quantization.rtn import Rtn
 
 Array = np.ndarray
 
@@ -287,3 +288,29 @@ def test_other_weights_do_not_resume(fused: ir.Model, tmp_path: Path) -> None:
 def test_options_out_of_range(option: str) -> None:
     with pytest.raises(OptionError, match=option.partition("=")[0]):
         pipeline.parse(f"gptq({option})")
+
+
+def test_what_no_text_reaches_is_rounded_only_if_asked_for() -> None:
+    def network() -> ir.Model:
+        builder = graphs.Builder(64, 200, 0)
+        table = builder.weight(200, 64, name="table", scale=1.0)
+        x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+        model = builder.finish(builder.step("gated", x, x), False, table)
+        model.graph.inputs.append(ir.val("pixel_values", ir.DataType.FLOAT, ["batch", 3, "height", "width"]))
+        return model
+
+    with pytest.raises(StreamingError, match="pixel_values"):
+        Gptq().run(network(), Context())
+    fitted, rounded = network(), network()
+    report = Gptq(fallback=True).run(fitted, Context())
+    Rtn().run(rounded, Context())
+    assert graphs.text(fitted) == graphs.text(rounded)
+    assert len(report.changed) == 5
+    assert any("not fitted to text" in note and "pixel_values" in note for note in report.notes)
+
+
+def test_text_that_is_too_short_is_an_error_all_the_same(tiny_export: Callable[..., Path], fused: ir.Model) -> None:
+    tokenizer = tiny_export("llama") / "tokenizer.json"
+    context = Context(calibration=CalibrationText(texts={"note.txt": "x"}, tokenizer=tokenizer, vocab_size=320))
+    with pytest.raises(CalibrationError, match="expected text"):
+        Gptq(fallback=True).run(fused.clone(), context)
