@@ -15,14 +15,20 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Pass, Report
 
 
-def network(*, layers: int = 2, tied: bool = False, outliers: float = 20.0) -> ir.Model:
+def network(*, layers: int = 2, tied: bool = False, biased: bool = False, outliers: float = 20.0) -> ir.Model:
     """Gated layers behind norms of which some gains are large: features that get large."""
     builder = graphs.Builder(64, 200, 0)
     table = builder.weight(200, 64, name="table", scale=1.0)
     stream = builder.op("Gather", table, builder.ids, width=64, axis=0)
     rng = np.random.default_rng(7)
     for _ in range(layers):
-        stream = builder.step("residual", stream, builder.step("gated", builder.norm(stream), stream))
+        x = builder.norm(stream)
+        gate, up = (builder.op("MatMul", x, builder.weight(64, 128), width=128) for _ in range(2))
+        if biased:
+            up = builder.op("Add", up, builder.weight(128), width=128)
+        silu = builder.op("Mul", gate, builder.op("Sigmoid", gate, width=128), width=128)
+        inner = builder.op("MatMul", builder.op("Mul", silu, up, width=128), builder.weight(128, 64), width=64)
+        stream = builder.step("residual", stream, inner)
     model = builder.finish(builder.norm(stream), tied, table)
     for value in model.graph.initializers.values():
         assert value.const_value is not None

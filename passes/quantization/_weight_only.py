@@ -456,10 +456,14 @@ def is_tied(embedding: Embedding) -> bool:
 
 
 def fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> int | None:
-    """The block size to use for rows of `width`: no wider than the row, and a divisor of it where that is a must."""
+    """The block size to use for rows of `width`: no wider than the row, and a divisor of it where that is a must.
+
+    Elsewhere the last block is padded, by no more than a sixteenth of the row: narrower blocks then take less, too.
+    """
     smallest = 32 if bits == 2 else 16
     block = block_size
-    while block > smallest and (block // 2 >= width or (exact and width % block)):
+    allowed = 0 if exact else width // 16
+    while block > smallest and (block // 2 >= width or -width % block > allowed):
         block //= 2
     return None if exact and width % block else block
 

@@ -37,9 +37,9 @@ def correlated(columns: int = 64, *, tokens: int = 2048) -> Stats:
     return stats
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_law_the_model_stays_the_same(tied: bool) -> None:
-    report = folds.law_the_model_stays_the_same(Awq(**FEW), folds.network(tied=tied))
+@pytest.mark.parametrize(("tied", "biased"), [(False, False), (True, False), (False, True)])
+def test_law_the_model_stays_the_same(tied: bool, biased: bool) -> None:
+    report = folds.law_the_model_stays_the_same(Awq(**FEW), folds.network(tied=tied, biased=biased))
     # Norms before gate and up, products before down, and the norm before a head of its own.
     assert len(report.changed) == (4 if tied else 5)
     assert report.metrics["error_ratio"] < 0.9

@@ -22,6 +22,7 @@ from onnxpress.compiler.nbits import CodedMatrix, run_matmul
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
 from onnxpress.passes.quantization._rounding import round_blocks, round_matrix
+from onnxpress.passes.quantization._weight_only import fitting_block
 from onnxpress.passes.quantization.rtn import Rtn
 
 Array = npt.NDArray[Any]
@@ -351,3 +352,26 @@ def test_coded_matrix_weighs_what_it_stores() -> None:
 
 def _products(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == "MatMulNBits"]
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "exact", "found"),
+    [
+        *(
+            (2048, 128, False, 128),
+            (576, 128, False, 64),
+            (576, 64, False, 64),
+            (100, 128, False, 32),
+            (20, 128, False, 32),
+        ),
+        *(
+            (1520, 128, False, 128),
+            (1030, 128, False, 64),
+            (576, 128, True, 64),
+            (72, 32, True, None),
+            (7, 32, False, 16),
+        ),
+    ],
+)
+def test_blocks_are_hardly_padded(width: int, asked: int, exact: bool, found: int | None) -> None:
+    assert fitting_block(width, asked, 4, exact=exact) == found
