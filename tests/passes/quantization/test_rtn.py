@@ -361,8 +361,8 @@ def _products(model: ir.Model) -> list[ir.Node]:
             (2048, 128, False, 128),
             (576, 128, False, 64),
             (576, 64, False, 64),
-            (100, 128, False, 32),
-            (20, 128, False, 32),
+            (100, 128, False, 16),
+            (20, 128, False, 16),
         ),
         *(
             (1520, 128, False, 128),
