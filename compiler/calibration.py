@@ -20,7 +20,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,17 @@ class Stage:
     """Part of a graph that leads to the activation of some linears.
 
     Attributes:
-        linears: all read the same activation.
+        linears: all read the same activation; none where only a value was asked for.
+        end: that activation, or that value.
         nodes: those that no earlier stage has run.
         inputs: what they read of earlier stages and of the graph's inputs.
         weights: constants that are fed.
-        outputs: what later stages read, and the activation.
+        outputs: what later stages read, and the end.
         dying: values that no later stage reads.
     """
 
     linears: list[Linear]
+    end: ir.Value
     nodes: list[ir.Node]
     inputs: list[ir.Value]
     weights: list[ir.Value]
@@ -92,7 +94,13 @@ class Calibration:
     """
 
     def __init__(
-        self, model: ir.Model, windows: Sequence[Feeds], linears: Sequence[Linear], work_dir: Path | None = None
+        self,
+        model: ir.Model,
+        windows: Sequence[Feeds],
+        linears: Sequence[Linear],
+        work_dir: Path | None = None,
+        *,
+        ends: Sequence[ir.Value] = (),
     ) -> None:
         """Divides the graph into stages.
 
@@ -101,11 +109,12 @@ class Calibration:
             windows: inputs of the model by name, all of the same shapes; one run each.
             linears: those that the caller wants to see, of `find_linears(model, expand_pairs=True)`.
             work_dir: where values between stages are kept; the system's temporary folder by default.
+            ends: further values that the caller wants to see, whoever reads them; each ends a stage.
 
         Raises:
             UnsupportedModelError: a graph inside a node is in the way.
         """
-        self.stages = divide(model, linears)
+        self.stages = divide(model, linears, ends)
         self._opset = model.graph.opset_imports.get("", 18)
         self._num_windows = len(windows)
         self._folder = Path(tempfile.mkdtemp(prefix="streams-", dir=work_dir))
@@ -153,22 +162,9 @@ class Calibration:
         Raises:
             StreamingError: this part of the graph does not run on these windows.
         """
-        streams, activation = self._streams, stage.linears[0].activation
-        plain = [_array(value) for value in stage.weights]
-        weights = [plain]
-        changed = any(id(value) in self._replacements for value in stage.weights)
-        if changed or any(streams.differ(value) for value in stage.inputs):
-            replaced = [self._replacements.get(id(value)) for value in stage.weights]
-            weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
-        sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
-        graph, self._digest = self._prepare(stage)
-        session = self._session(stage, graph) if stage.nodes else None
+        streams, activation = self._streams, stage.end
         stats, is_aligned, is_chosen = Stats(stage.linears[0].num_in), True, id(activation) in self._chosen
-        for number in range(self._num_windows):
-            if session is not None:
-                for which, sink in enumerate(sinks):
-                    feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
-                    sink.append(call(session, [*feeds, *weights[which]], stage))
+        for number in self._advance(stage):
             if not with_stats:
                 continue
             teacher = streams.read(activation, number, compressed=False)
@@ -179,10 +175,41 @@ class Calibration:
         if not is_aligned:
             # A router sends an expert other tokens once the model is compressed: rows of the streams do not correspond.
             stats.drift_KK = None
-        for value in stage.weights:
-            self._replacements.pop(id(value), None)
         streams.drop(stage.dying)
         return Group(stage.linears, stats, self._replacements)
+
+    def values(self, stage: Stage) -> list[Array]:
+        """Runs the next of `stages`, and gives what its end is in each window, in the compressed model.
+
+        The arrays lie in a file, which lasts as long as they do.
+
+        Raises:
+            StreamingError: this part of the graph does not run on these windows.
+        """
+        found = [self._streams.read(stage.end, number, compressed=True) for number in self._advance(stage)]
+        self._streams.drop(stage.dying)
+        return found
+
+    def _advance(self, stage: Stage) -> Iterator[int]:
+        """Runs the next of `stages`; yields the number of each window once it is through."""
+        streams = self._streams
+        plain = [_array(value) for value in stage.weights]
+        weights = [plain]
+        changed = any(id(value) in self._replacements for value in stage.weights)
+        if changed or any(streams.differ(value) for value in stage.inputs):
+            replaced = [self._replacements.get(id(value)) for value in stage.weights]
+            weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
+        sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
+        graph, self._digest = self._prepare(stage)
+        session = self._session(stage, graph) if stage.nodes else None
+        for number in range(self._num_windows):
+            if session is not None:
+                for which, sink in enumerate(sinks):
+                    feeds = [streams.read(value, number, compressed=bool(which)) for value in stage.inputs]
+                    sink.append(call(session, [*feeds, *weights[which]], stage))
+            yield number
+        for value in stage.weights:
+            self._replacements.pop(id(value), None)
 
     def _session(self, stage: Stage, data: bytes) -> ort.InferenceSession:
         if data not in self._sessions:
@@ -254,47 +281,44 @@ class _Sink:
             one.append(array)
 
 
-def divide(model: ir.Model, linears: Sequence[Linear], last: ir.Value | None = None) -> list[Stage]:
-    """Divides what leads to the activations of `linears`; equal activations share a stage.
+def divide(model: ir.Model, linears: Sequence[Linear], ends: Sequence[ir.Value] = ()) -> list[Stage]:
+    """Divides what leads to the activations of `linears` and to `ends`; equal activations share a stage.
 
     Args:
         model: holds `linears`.
         linears: of `find_linears(model, expand_pairs=True)`.
-        last: an output of the graph; what is left to do for it becomes a stage without linears, behind all others.
+        ends: values of the graph; each ends a stage of its own, without linears, unless it is an activation.
 
     Raises:
         UnsupportedModelError: a graph inside a node is in the way.
     """
-    grouped: dict[int, list[Linear]] = {}
+    grouped: dict[int, tuple[ir.Value, list[Linear]]] = {}
     for one in linears:
-        grouped.setdefault(id(one.activation), []).append(one)
+        grouped.setdefault(id(one.activation), (one.activation, []))[1].append(one)
+    for value in ends:
+        grouped.setdefault(id(value), (value, []))
     place = {id(node): number for number, node in enumerate(model.graph)}
 
-    def position(group: list[Linear]) -> int:
-        producer = group[0].activation.producer()
+    def position(group: tuple[ir.Value, list[Linear]]) -> int:
+        producer = group[0].producer()
         return -1 if producer is None else place[id(producer)]
 
     stages: list[Stage] = []
     done: set[int] = set()
     replaceable = {id(one.weight) for one in linears}
-    for group in sorted(grouped.values(), key=position):
-        nodes = sorted(_ancestors(group[0].activation, done), key=lambda node: place[id(node)])
+    for end, group in sorted(grouped.values(), key=position):
+        nodes = sorted(_ancestors(end, done), key=lambda node: place[id(node)])
         done |= {id(node) for node in nodes}
-        stages.append(Stage(group, nodes, *_operands(nodes, replaceable)))
-    if last is not None:
-        nodes = sorted(_ancestors(last, done), key=lambda node: place[id(node)])
-        stages.append(Stage([], nodes, *_operands(nodes, replaceable)))
+        stages.append(Stage(group, end, nodes, *_operands(nodes, replaceable)))
     # Backwards: a value lives from the stage that makes it to the last one that reads it.
     read_later: dict[int, int] = {}
-    ends = [stage.linears[0].activation if stage.linears else last for stage in stages]
-    activations = {id(value) for value in ends}
-    for number, (stage, activation) in reversed(list(enumerate(zip(stages, ends, strict=True)))):
+    asked = {id(stage.end) for stage in stages}
+    for number, stage in reversed(list(enumerate(stages))):
         made = [value for node in stage.nodes for value in node.outputs]
-        # Two stages may have activations of one node, of which the second is read by no other stage.
-        stage.outputs = [value for value in made if id(value) in read_later or id(value) in activations]
-        last_read = [value for value in stage.inputs if id(value) not in read_later]
-        last_read += [activation] if activation is not None and id(activation) not in read_later else []
-        # The activation itself is read while the stage runs, and by the next stages at most.
+        # Two stages may have ends made by one node, of which the second is read by no other stage.
+        stage.outputs = [value for value in made if id(value) in read_later or id(value) in asked]
+        last_read = [value for value in (*stage.inputs, stage.end) if id(value) not in read_later]
+        # The end itself is read while the stage runs, and by the next stages at most.
         stage.dying = [*dict.fromkeys(last_read)]
         for value in stage.inputs:
             read_later.setdefault(id(value), number)
@@ -394,7 +418,7 @@ def call(session: ort.InferenceSession, arrays: Sequence[Array], stage: Stage) -
 
 
 def _cannot_run(stage: Stage, error: Exception) -> StreamingError:
-    place = stage.linears[0].name if stage.linears else "the output"
+    place = stage.linears[0].name if stage.linears else stage.end.name or "a value"
     return StreamingError(
         f"calibration: what leads to {place} does not run on windows of text: {first_line(error)}",
         hint="does the model take fewer tokens at once? try a smaller length=",

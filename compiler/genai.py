@@ -40,6 +40,7 @@ class Cache:
     Attributes:
         num_layers: layers with a cache.
         num_heads, head_size: of one layer's cache [batch, num_heads, length, head_size]; None where symbolic.
+        type: of its numbers, such as "float16"; "int4" where two of them are packed to a byte.
         past_key, past_value, present_key, present_value: name templates with `%d` for the layer.
         is_shareable: every cache is appended in place by an operator that allows past and present to be one buffer.
     """
@@ -47,6 +48,7 @@ class Cache:
     num_layers: int
     num_heads: int | None
     head_size: int | None
+    type: str
     past_key: str
     past_value: str
     present_key: str
@@ -62,12 +64,14 @@ def find_cache(model: ir.Model) -> Cache | None:
         return None
     num_layers, past_key, past_value = past
     _, present_key, present_value = present
-    shape = next(value.shape for value in model.graph.inputs if value.name == past_key % 0)
+    first = next(value for value in model.graph.inputs if value.name == past_key % 0)
+    shape = first.shape
     dims = [dim if isinstance(dim, int) else None for dim in shape] if shape is not None and len(shape) == 4 else []
     return Cache(
         num_layers=num_layers,
         num_heads=dims[1] if dims else None,
-        head_size=dims[3] if dims else None,
+        head_size=dims[3] * _packed(first) if dims and dims[3] else None,
+        type="int4" if _packed(first) == 2 else (first.dtype or ir.DataType.FLOAT).name.lower(),
         past_key=past_key,
         past_value=past_value,
         present_key=present_key,
@@ -90,7 +94,12 @@ def settle_head_sizes(model: ir.Model, config: Mapping[str, Any]) -> None:
         for value in (*node.inputs[3:5], *node.outputs[1:3]):
             shape = None if value is None else value.shape
             if size and value is not None and shape is not None and len(shape) == 4 and not isinstance(shape[3], int):
-                value.shape = ir.Shape([*shape[:3], size])
+                value.shape = ir.Shape([*shape[:3], size // _packed(value)])
+
+
+def _packed(cache: ir.Value) -> int:
+    """Numbers in one element of a cache: GroupQueryAttention packs those of 4 bits in pairs."""
+    return 2 if cache.dtype == ir.DataType.UINT8 else 1
 
 
 def _head_size(node: ir.Node, config: Mapping[str, Any]) -> int | None:

@@ -48,7 +48,7 @@ class Sensitivity:
         last = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
         self.measure = "KL divergence" if last.name == "logits" else "squared output error"
         self._last = last
-        self._stages = divide(model, linears, last)
+        self._stages = divide(model, linears, [last])
         self._sessions: list[ort.InferenceSession | None] = []
         self._values: dict[int, Array] = {}
         shared: dict[bytes, ort.InferenceSession] = {}

@@ -21,11 +21,12 @@ from onnxpress.passes.fusion.pack_qkv import PackQkv
 from onnxpress.passes.fusion.split_projections import SplitProjections
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.gptq import Gptq
+from onnxpress.passes.quantization.quantize_kv import QuantizeKv
 from onnxpress.passes.quantization.rtn import Rtn
 
 Overrides = dict[str, dict[str, int | bool | str]]
 
-__all__ = ["fp32", "fuse", "int4", "int4_fast", "int4_rtn", "int4_small", "int8", "pack"]
+__all__ = ["fp32", "fuse", "int4", "int4_fast", "int4_rtn", "int4_small", "int8", "kv8", "pack"]
 
 
 def fuse(target: Target) -> tuple[Pass, ...]:
@@ -66,6 +67,14 @@ _WIDE_HEAD: Overrides = {kind: {"block_size": 64} for kind in ("head", "embeddin
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
     return (*fuse(target), Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD), *pack(target))
+
+
+def kv8(target: Target) -> tuple[Pass, ...]:
+    """`int8` with the key-value cache in 8 bits too: for long texts and large batches."""
+    *fused, last = fuse(target)  # quantized before the last, a cast on CUDA: text is streamed in float32
+    if target.provider == "cuda":  # which has no attention bias beside a quantized cache
+        fused = [FuseAttention(padding="right") if isinstance(one, FuseAttention) else one for one in fused]
+    return (*fused, QuantizeKv(), last, Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD), *pack(target))
 
 
 # The error of 8 bits is lost beside that of 4: no zero points, and no search of scales.

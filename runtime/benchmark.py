@@ -29,6 +29,7 @@ from onnxpress.runtime.session import DecoderSession
 from onnxpress.runtime.skeleton import Node, Skeleton, read
 
 _ITEM_BYTES = {"tensor(float)": 4, "tensor(float16)": 2, "tensor(bfloat16)": 2}
+_ITEM_BYTES |= {"tensor(int8)": 1, "tensor(uint8)": 1, "tensor(float8e4m3fn)": 1}
 _WARM_UP_STEPS = 8
 
 
@@ -43,7 +44,8 @@ class Benchmark:
         peak_memory_bytes: largest resident size of the process, interpreter and libraries included.
         base_memory_bytes: resident size before the model was loaded.
         weight_bytes_per_step: weights that one decode step reads; of a table that is only looked up, one row.
-        bytes_read_per_token: those, shared by the batch, and the cache at the middle of the decoding.
+        cache_bytes_per_token: what one token of one sequence adds to the key-value cache.
+        bytes_read_per_token: weights, shared by the batch, and the cache at the middle of the decoding.
         memory_bandwidth_bytes_per_s: of this machine, measured.
         bandwidth_share: bytes read per second while decoding, over the bandwidth.
     """
@@ -55,6 +57,7 @@ class Benchmark:
     peak_memory_bytes: int
     base_memory_bytes: int
     weight_bytes_per_step: int
+    cache_bytes_per_token: int
     bytes_read_per_token: int
     memory_bandwidth_bytes_per_s: float
     bandwidth_share: float
@@ -118,9 +121,8 @@ def benchmark(
         "strict": strict,
     }
     found = _in_fresh_process(options)
-    cache_bytes = found.pop("cache_bytes_per_token")
     weights = weight_bytes_per_step(read(model))
-    per_token = weights // batch + cache_bytes * (prompt_tokens + new_tokens // 2)
+    per_token = weights // batch + found["cache_bytes_per_token"] * (prompt_tokens + new_tokens // 2)
     bandwidth = _providers.memory_bandwidth()
     return Benchmark(
         **found,
@@ -227,7 +229,7 @@ def measure(
     times = [_round(session, prompt, new_tokens) for _ in range(rounds)]
     first = statistics.median(first for first, _ in times)
     rest = statistics.median(rest for _, rest in times)
-    cache = sum(t.heads * t.head_dim * _ITEM_BYTES.get(t.type, 1) for t in session.interface.cache)
+    cache = sum(t.heads * t.head_dim * _ITEM_BYTES[t.type] for t in session.interface.cache)
     return {
         "load_s": load_s,
         "time_to_first_token_s": first,

@@ -159,11 +159,16 @@ def _check(
 def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64]) -> Floats:
     """Logits `[S, V]` of one window; views of a buffer of the session."""
     rows = max(1, _WINDOW_LOGITS_BYTES // (session.vocab_size * 4))
-    if len(window) <= rows:
+    starts = [*range(0, len(window), rows)]
+    if session.device != "cpu" and session.interface.has_quantized_cache:
+        # On CUDA a first prompt attends to its own keys before they are rounded, later pieces to the cache as it is
+        # stored. On the CPU all do.
+        starts = [0, *range(1, len(window), rows)]
+    if len(starts) == 1:
         logits: Floats = session.run_logits(window[None])[0]
         return logits
     decoding = session.begin(1, len(window))
-    pieces = [np.array(decoding.forward(window[None, at : at + rows])[0]) for at in range(0, len(window), rows)]
+    pieces = [np.array(decoding.forward(piece[None])[0]) for piece in np.split(window, starts[1:])]
     return np.concatenate(pieces)
 
 

@@ -53,13 +53,17 @@ _MASKS_AT_ONCE = 64
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": np.uint16}
 _NUMPY |= {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 _NUMPY |= {"tensor(float8e4m3fn)": np.uint8}
+_QUANTIZED = ("tensor(int8)", "tensor(uint8)", "tensor(float8e4m3fn)")
 _ONNX = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7}
 _ONNX |= {"tensor(float16)": 10, "tensor(bfloat16)": 16, "tensor(float8e4m3fn)": 17}
 
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One key or value tensor of one layer: where it enters and leaves, and its (heads, head_dim)."""
+    """One key or value tensor of one layer: where it enters and leaves, heads, elements of a head, and their type.
+
+    A quantized cache is int8, or uint8 with two numbers of 4 bits in an element.
+    """
 
     past: str
     present: str
@@ -95,6 +99,11 @@ class Interface:
     last_only: bool
     keep: str | None
     max_batch: int | None
+
+    @property
+    def has_quantized_cache(self) -> bool:
+        """Whether keys and values are rounded as they are stored."""
+        return any(tensor.type in _QUANTIZED for tensor in self.cache)
 
 
 class DecoderSession:
@@ -571,7 +580,8 @@ def _cache_tensors(
                 hint="export the model again with the current exporter",
             )
         heads, width = value.shape[1], value.shape[3]
-        width = width if isinstance(width, int) else config.head_dim
+        if not isinstance(width, int):
+            width = config.head_dim if value.type != "tensor(uint8)" else config.head_dim and config.head_dim // 2
         if not isinstance(heads, int) or width is None:
             raise UnsupportedModelError(
                 f"{where}: the heads and width of {name!r} are symbolic: {value.shape}",

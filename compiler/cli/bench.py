@@ -65,6 +65,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         ("prefill", f"{facts['prefill_tokens_per_s']:,.1f} tokens per second"),
         ("decode", f"{facts['decode_tokens_per_s']:,.1f} tokens per second"),
         ("peak memory", f"{size(facts['peak_memory_bytes'])}, {size(facts['base_memory_bytes'])} before loading"),
+        ("cache per token", size(facts["cache_bytes_per_token"])),
         ("read per token", size(facts["bytes_read_per_token"])),
         (
             "memory bandwidth",

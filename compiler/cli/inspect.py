@@ -134,7 +134,8 @@ def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
         ("one token", f"{number(summary.flops_per_token)} operations, reads {size(summary.bytes_per_token)}"),
         (
             "cached token",
-            f"{number(summary.flops_per_cached_token)} operations, keeps {size(summary.cache_bytes_per_token)}",
+            f"{number(summary.flops_per_cached_token)} operations, keeps {size(summary.cache_bytes_per_token)}"
+            + (f" of {summary.cache['type']}" if summary.cache else ""),
         ),
         ("opset", f"{opsets}; IR {summary.ir_version}"),
         ("producer", summary.provenance.get("producer") or "unknown"),
