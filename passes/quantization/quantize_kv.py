@@ -94,8 +94,8 @@ def fit_scale(windows: Sequence[Array], bits: int, *, per_channel: bool) -> Fit:
             error += np.square(off, out=off).sum(axis=axes, keepdims=per_channel, dtype=np.float64)
     best = np.argmin(errors, axis=0)
     chosen: Floats = np.choose(best, candidates).astype(np.float32)
-    error = math.sqrt(float(np.choose(best, errors).sum()) / energy) if energy else 0.0
-    return Fit(chosen, error, windows[0].shape[3])
+    loss = float(np.choose(best, errors).sum())
+    return Fit(chosen, math.sqrt(loss / energy) if energy else 0.0, windows[0].shape[3])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,9 @@ def test_every_float_node_runs_on_cuda(
     [
         *(
             ("llama", recipe, target)
-            for recipe in ("int8", "int4-rtn", "int4-small")
+        *(
+            ("llama", recipe, target)
+            for recipe in ("int8", "kv8", "int4-rtn", "int4-small")
             for target in ("cuda", "cuda-bf16")
         ),
         ("qwen2", "int4-rtn", "cuda"),

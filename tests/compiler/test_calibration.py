@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import check
 import graphs
 import numpy as np
 import onnx_ir as ir
@@ -70,6 +71,29 @@ def test_law_second_moments_are_those_of_the_whole_model(decoder: ir.Model, tmp_
     assert sorted(observed) == sorted(one.name for one in linears)
     assert graphs.text(decoder) == text, "the graph was changed"
     assert not list(tmp_path.glob("streams-*"))
+
+
+def test_law_values_are_those_of_the_whole_model(decoder: ir.Model, tmp_path: Path) -> None:
+    """Of any output of a node, whoever reads it; between groups of linears as well as alone."""
+    ends = [value for node in decoder.graph if node.op_type == "GroupQueryAttention" for value in node.outputs[1:3]]
+    ends += [value for value in decoder.graph.outputs if value.name == "logits"]
+    assert len(ends) > 4
+    inputs, session = windows(decoder), graphs.session(decoder)
+    whole = [
+        dict(zip([one.name for one in session.get_outputs()], session.run(None, one), strict=True)) for one in inputs
+    ]
+    for linears in ([], find_linears(decoder)):
+        seen = []
+        with Calibration(decoder, inputs, linears, tmp_path, ends=ends) as run:
+            for stage in run.stages:
+                if stage.linears:
+                    run.observe(stage)
+                    continue
+                for window, array in zip(whole, run.values(stage), strict=True):
+                    check.close(window[stage.end.name], array)
+                seen.append(stage.end.name)
+        assert seen == [value.name for value in ends]
+        assert not list(tmp_path.glob("streams-*"))
 
 
 def test_law_the_compressed_stream_is_the_compressed_model(decoder: ir.Model, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ def test_measures_what_programs_rely_on(decoder_path):
     assert found.peak_memory_bytes >= found.base_memory_bytes
     assert found.prefill_tokens_per_s == pytest.approx(16 / found.time_to_first_token_s)
     head_size = HIDDEN // HEADS
-    cache = 2 * 2 * KV_HEADS * head_size * 4 * (8 + 2)
+    assert found.cache_bytes_per_token == 2 * 2 * KV_HEADS * head_size * 4
+    cache = found.cache_bytes_per_token * (8 + 2)
     assert found.bytes_read_per_token == found.weight_bytes_per_step // 2 + cache
 
 
