@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import UnsupportedModelError
+from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, derived, drop_unused, find_linears, unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.stats import Stats
@@ -48,6 +48,7 @@ class Folded(Pass):
 
     tokens: int = 4096  # of calibration text
     length: int = 512  # tokens of a window
+    fallback: bool = False  # leave a model as it is, and say so, that no text can be streamed through
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +75,17 @@ class Folded(Pass):
                 wanted.append(one)
         if not wanted:
             return report
+        try:
+            self._fold(model, linears, wanted, context, report)
+        except (StreamingError, UnsupportedModelError) as error:
+            if not self.fallback:
+                raise
+            report.skip("all of it", error.message)
+        return report
+
+    def _fold(
+        self, model: ir.Model, linears: list[Linear], wanted: list[Linear], context: Context, report: Report
+    ) -> None:
         if any(one.weight.dtype == ir.DataType.BFLOAT16 for one in wanted):
             raise UnsupportedModelError(
                 f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
@@ -103,15 +115,14 @@ class Folded(Pass):
                 factor_K, new, old = found
                 before, after = before + old, after + new
                 chosen.append((group.linears, divide, factor_K))
-                report.change(place)
         # Weights were read until here, so nothing is changed before.
         for readers, divide, factor_K in chosen:
+            report.change(readers[0].name)
             for one in readers:
                 _scale(one, factor_K, axis=1)
             divide(1 / factor_K)
         if before:
             report.metrics["error_ratio"] = after / before
-        return report
 
 
 def _divider(readers: list[Linear], makers: dict[int, Linear]) -> Callable[[Floats], None] | str:

@@ -97,8 +97,6 @@ def test_every_float_node_runs_on_cuda(
     [
         *(
             ("llama", recipe, target)
-        *(
-            ("llama", recipe, target)
             for recipe in ("int8", "kv8", "int4-rtn", "int4-small")
             for target in ("cuda", "cuda-bf16")
         ),

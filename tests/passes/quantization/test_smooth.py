@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import folds
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler import pipeline
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import OptionError, StreamingError
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.stats import Stats
 from onnxpress.passes.quantization.rtn import Rtn
@@ -96,3 +97,13 @@ def test_text_says_what_it_saw() -> None:
 def test_options_out_of_range(options: str) -> None:
     with pytest.raises(OptionError, match="smooth"):
         pipeline.parse(f"smooth({options})")
+
+
+def test_a_model_without_text_is_left_only_if_asked_for() -> None:
+    model = folds.network()
+    model.graph.inputs.append(ir.val("pixel_values", ir.DataType.FLOAT, ["batch", 3, "height", "width"]))
+    with pytest.raises(StreamingError, match="pixel_values"):
+        Smooth().run(model, Context())
+    report = Smooth(fallback=True).run(model, Context())
+    assert not report.changed
+    assert any("pixel_values" in reason for reason in report.reasons())
