@@ -23,6 +23,7 @@ from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.gptq import Gptq
 from onnxpress.passes.quantization.quantize_kv import QuantizeKv
 from onnxpress.passes.quantization.rtn import Rtn
+from onnxpress.passes.quantization.smooth import Smooth
 
 Overrides = dict[str, dict[str, int | bool | str]]
 
@@ -66,7 +67,10 @@ _WIDE_HEAD: Overrides = {kind: {"block_size": 64} for kind in ("head", "embeddin
 
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
-    return (*fuse(target), Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD), *pack(target))
+    rtn = Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD)
+    if target.provider == "cuda":  # activations stay floats there
+        return (*fuse(target), rtn, *pack(target))
+    return (*fuse(target), Smooth(granularity="block", fallback=True), rtn, *pack(target))
 
 
 def kv8(target: Target) -> tuple[Pass, ...]:
@@ -74,7 +78,8 @@ def kv8(target: Target) -> tuple[Pass, ...]:
     *fused, last = fuse(target)  # quantized before the last, a cast on CUDA: text is streamed in float32
     if target.provider == "cuda":  # which has no attention bias beside a quantized cache
         fused = [FuseAttention(padding="right") if isinstance(one, FuseAttention) else one for one in fused]
-    return (*fused, QuantizeKv(), last, Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD), *pack(target))
+    weights = int8(target)[len(fuse(target)) :]
+    return (*fused, QuantizeKv(), last, *weights)
 
 
 # The error of 8 bits is lost beside that of 4: no zero points, and no search of scales.
