@@ -61,13 +61,9 @@ def fp32(target: Target) -> tuple[Pass, ...]:
     return (*fuse(target), *pack(target))
 
 
-# As overrides, not as options of the head: a model may have neither head nor embedding.
-_WIDE_HEAD: Overrides = {kind: {"block_size": 64} for kind in ("head", "embedding")}
-
-
 def int8(target: Target) -> tuple[Pass, ...]:
     """All weights in 8 bits, the embedding included; practically without loss."""
-    rtn = Rtn(bits=8, block_size=32, overrides=_WIDE_HEAD)
+    rtn = Rtn(bits=8, block_size=32)
     if target.provider == "cuda":  # activations stay floats there
         return (*fuse(target), rtn, *pack(target))
     return (*fuse(target), Smooth(granularity="block", fallback=True), rtn, *pack(target))
@@ -82,7 +78,8 @@ def kv8(target: Target) -> tuple[Pass, ...]:
     return (*fused, QuantizeKv(), last, *weights)
 
 
-# The error of 8 bits is lost beside that of 4: no zero points, and no search of scales.
+# The error of 8 bits is lost beside that of 4: no zero points, and no search of scales. As overrides, not as options of
+# the head: a model may have neither head nor embedding.
 _WIDE_8_BITS: dict[str, int | bool | str] = {"bits": 8, "block_size": 64, "symmetric": True}
 _EXACT_HEAD: Overrides = dict.fromkeys(("head", "embedding"), _WIDE_8_BITS)
 
