@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Optimizes a small random model of every decoder architecture and lets two engines continue the same prompt.
 
-    python benchmarks/agreement.py --recipe int4
+    python benchmarks/agreement.py --recipe int4-rtn
 
 Run it with the Python that has onnxpress. Greedy tokens of `onnxpress run`'s runtime and of onnxruntime-genai must be
 the same; a difference, or an engine that refuses the artifact, gives status 1. Random weights make the logits flat, so
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="architectures; every decoder by default")
-    parser.add_argument("--recipe", default="int4", help="recipe of the artifacts (int4)")
+    parser.add_argument("--recipe", default="int4-rtn", help="recipe of the artifacts (%(default)s)")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens (24)")
     parser.add_argument("--env-dir", type=Path, default=Path("~/.cache/onnxpress/peers").expanduser())
     try:
