@@ -184,6 +184,8 @@ class Rotate(Pass):
             kv_heads = _int(node, "kv_num_heads") or heads
             if reason is None and node.op_type == "MultiHeadAttention" and len(node.inputs) > 3 and node.inputs[3]:
                 reason = "the attention adds biases itself"
+            if reason is None and len(node.inputs) > 13 and node.inputs[13] is not None:
+                reason = "its cache has fixed scales: comes before quantize_kv"
             if reason is None and maker is not None:
                 width = maker.num_out // kv_heads
                 if rotation(width, np.random.default_rng(0)) is None:

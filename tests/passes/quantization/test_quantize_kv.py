@@ -437,6 +437,18 @@ def test_other_models_are_refused(fused: Path) -> None:
         QuantizeKv(length=0)
 
 
+def test_a_pass_that_would_change_the_cache_comes_before() -> None:
+    """What the scales were fitted to must be what is cached."""
+    model = decoder()
+    (_, report), *_ = pipeline.run(model, pipeline.parse("rotate"), Context(calibration=TEXT))
+    assert report.modified, "nothing to rotate even without a quantized cache"
+    model = decoder()
+    quantized(model)
+    (_, report), *_ = pipeline.run(model, pipeline.parse("rotate"), Context(calibration=TEXT))
+    assert not report.modified
+    assert "its cache has fixed scales: comes before quantize_kv" in report.reasons()
+
+
 def test_the_recipe_leaves_out_what_cuda_cannot_do() -> None:
     names = [one.name() for one in pipeline.recipe("kv8")]
     assert names.index("quantize_kv") < names.index("rtn")
