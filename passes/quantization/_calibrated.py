@@ -104,10 +104,12 @@ class Calibrated(WeightOnly):
         """Puts the codes of every site into `found`, or its id into `unfit`, as text gets there."""
         windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
         section = context.journal.section(str(self), context.target.name, identity())
+        resumed = 0
         with Calibration(model, windows, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, self.name())):
                 digest = run.digest(stage)
                 record = section.read(str(number), digest)
+                resumed += record is not None
                 group = run.observe(stage, with_stats=record is None)
                 if record is not None:
                     done = [_read(record, index) for index, _ in enumerate(group.linears)]
@@ -121,6 +123,8 @@ class Calibrated(WeightOnly):
                     # Where layers share a weight, the first of them decides.
                     coded = found.setdefault(id(site_of[id(linear)]), coded)
                     group.replace(linear, coded.matrix.w_NK())
+        if resumed:
+            report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
 
     def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
         """Codes of the linears of a group, which share an activation; those of one format are fitted together."""

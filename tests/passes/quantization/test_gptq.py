@@ -265,7 +265,8 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     with pytest.raises(Killed):
         pipeline.run(broken, passes, context())
     resumed = True
-    pipeline.run(fused, passes, context())
+    report = pipeline.run(fused, passes, context())[-1][1]
+    assert report.notes == [f"an earlier run was stopped: {moment} of {len(everything)} groups are its results"]
     assert fits == everything, "each unit is worked on once"
     assert graphs.text(fused) == graphs.text(want)
 
