@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxpress.compiler import packing
+from onnxpress.compiler import formats, packing
 from onnxpress.compiler.blocks import Block, find_blocks
 from onnxpress.compiler.roles import assign_roles
 
@@ -32,7 +32,7 @@ class Linear:
     Attributes:
         name: unique and stable: "block3.gate", "head"; the node's own name when the role is unknown.
         node: the operator that multiplies (MatMul, Gemm, MatMulNBits; the second MatMul of a low-rank pair).
-        holder: "MatMul", "Gemm", "Transpose+MatMul", "MatMulNBits" or "pair".
+        holder: "MatMul", "Gemm", "Transpose+MatMul", "MatMulNBits", a format of `formats`, or "pair".
         activation: the value x, shape [..., K].
         output: the value that x @ w^T becomes, before a separate bias Add.
         weight: the initializer that holds the matrix (codes for MatMulNBits, the first factor of a pair).
@@ -70,14 +70,20 @@ class Linear:
         """Bytes of everything that stores the matrix: codes, scales and zero points, or both factors."""
         if self.factors is not None:
             return sum(factor.nbytes for factor in self.factors)
+        return sum(_tensor(value).nbytes for value in self.weights)
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """The initializers that store the matrix, `weight` first: codes, scales and zero points; of a pair the first."""
         if self.holder == "MatMulNBits":
-            return sum(_tensor(value).nbytes for value in self.node.inputs[1:4] if value is not None)
-        return _tensor(self.weight).nbytes
+            return [value for value in self.node.inputs[1:4] if value is not None]
+        stored = formats.stored(self.node) if self.is_quantized else None
+        return [self.weight] if stored is None else list(stored.weights)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the matrix is stored as integers."""
-        return self.holder == "MatMulNBits"
+        """Whether the matrix is stored in fewer bits than a float type for activations has."""
+        return self.holder in ("MatMulNBits", formats.QDQ, *formats.OPERATORS)
 
     def w_NK(self) -> Float2D:  # noqa: N802
         """The matrix as float32 [N, K], dequantized or multiplied out where it is not stored so; a fresh array or a
@@ -87,6 +93,8 @@ class Linear:
             return np.ascontiguousarray(second.w_NK() @ first.w_NK())
         if self.holder == "MatMulNBits":
             return packing.dequantize_node(self.node)
+        if self.is_quantized:
+            return formats.matrix(self.node)
         stored = _tensor(self.weight).numpy()
         if self._is_turned():
             stored = stored.T
@@ -259,6 +267,8 @@ def _singles(graph: ir.Graph) -> Iterator[Linear]:
             rows, columns = _int(node, "N"), _int(node, "K")
             bias = inputs[5] if len(inputs) > 5 else None
             yield _linear(node, "MatMulNBits", inputs[1], rows, columns, bias)
+        elif (held := formats.stored(node)) is not None:
+            yield _linear(node, held.holder, held.weights[0], held.num_out, held.num_in, held.bias)
         elif node.op_type == "MatMul" and node.domain == "" and not _is_constant(inputs[0]):
             if _is_float_matrix(inputs[1]):
                 columns, rows = _dims(inputs[1])

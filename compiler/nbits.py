@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler import packing
+from onnxpress.compiler.formats import OPERATORS
 from onnxpress.compiler.linears import MICROSOFT, Embedding, Linear, drop_unused, unique_name
 from onnxpress.compiler.region import build_model, run
 from onnxpress.compiler.scales import stored_nbytes
@@ -95,7 +96,7 @@ def add_initializer(graph: ir.Graph, base: str, array: npt.NDArray[Any]) -> ir.V
 
 
 def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.Node:
-    """Puts a MatMulNBits in the place of the linear's node; the bias of a Gemm or MatMulNBits becomes an Add behind it.
+    """Puts a MatMulNBits in the place of the linear's node; a bias that the node adds becomes an Add behind it.
 
     `linear` is updated to what it is afterwards, so that nothing keeps the old weight alive.
     """
@@ -107,8 +108,9 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
     assert activation is not None
     multiply = _matmul_node(activation, stored, accuracy_level, node.name)
     new_nodes = [multiply]
-    index = {"Gemm": 2, "MatMulNBits": 5}.get(linear.holder, len(node.inputs))
-    bias = node.inputs[index] if len(node.inputs) > index else None
+    slots = {"Gemm": 2, "MatMulNBits": 5, **{name: one.bias for name, one in OPERATORS.items()}}
+    index = slots.get(linear.holder)
+    bias = node.inputs[index] if index is not None and len(node.inputs) > index else None
     if bias is not None:
         _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/product")
         new_nodes.append(ir.Node("", "Add", [multiply.outputs[0], bias], name=f"{node.name}/bias"))

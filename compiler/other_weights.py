@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxpress.compiler.formats import stored
 from onnxpress.compiler.linears import MICROSOFT, Embedding, Linear
 from onnxpress.compiler.pass_ import subgraphs
 
@@ -51,7 +52,9 @@ def find_other_weights(
         embeddings: what `find_embeddings` returned.
     """
     nodes = {id(node) for node in _holders(linears, embeddings)}
-    seen = {id(_constant(one.weight)) for one in linears} | {id(_constant(one.table)) for one in embeddings}
+    seen = {id(_constant(value)) for one in linears for value in one.weights} | {
+        id(_constant(one.table)) for one in embeddings
+    }
     found = []
     for node, parent in _nodes(model.graph, None):
         for index, value in enumerate(node.inputs):
@@ -78,7 +81,9 @@ def quantized_formats(model: ir.Model, linears: Sequence[Linear], embeddings: Se
 
 
 def node_format(node: ir.Node) -> str:
-    """Format of the weight of a MatMulNBits or GatherBlockQuantized, "" for any other operator."""
+    """Format of the quantized weight of a linear or a GatherBlockQuantized, "" for any other operator."""
+    if (held := stored(node)) is not None:
+        return held.description
     if node.op_type not in ("MatMulNBits", "GatherBlockQuantized") or node.domain != MICROSOFT:
         return ""
     bits, block_size = (_int(node, name, default) for name, default in (("bits", 4), ("block_size", 128)))

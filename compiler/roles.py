@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from onnxpress.compiler.blocks import Block
+from onnxpress.compiler.formats import OPERATORS
 
 if TYPE_CHECKING:
     from onnxpress.compiler.linears import Linear
@@ -39,6 +40,7 @@ def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) ->
                 factor.name, factor.block, factor.kind = f"{one.name}.{end}", one.block, one.kind
 
 
+_PRODUCTS = ("Gemm", "MatMulNBits", *OPERATORS)
 _ATTENTION = {"GroupQueryAttention": 3, "MultiHeadAttention": 3, "Attention": 3}
 
 
@@ -107,7 +109,7 @@ def _meets_cache(value: ir.Value) -> bool:
         for node in current.consumers():
             if node.op_type == "Concat" and any(_is_past(v) for v in node.inputs):
                 return True
-            if node.op_type in ("MatMul", "Gemm", "Softmax", "MatMulNBits"):
+            if node.op_type in ("MatMul", "Softmax", *_PRODUCTS):
                 continue
             for output in node.outputs:
                 if id(output) not in seen:
@@ -137,7 +139,7 @@ def _after_attention(one: Linear) -> bool:
             return False
         if node.op_type in _ATTENTION:
             return True
-        if node.op_type in ("Gemm", "MatMulNBits"):
+        if node.op_type in _PRODUCTS:
             return False  # another linear lies between
         if node.op_type == "MatMul":
             left = node.inputs[0].producer() if node.inputs[0] is not None else None

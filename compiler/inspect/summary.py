@@ -209,8 +209,7 @@ def _linear_tensors(linear: Linear, seen: set[int]) -> int:
     """Bytes of a linear's matrix that nothing before it counted."""
     if linear.factors is not None:
         return sum(_linear_tensors(factor, seen) for factor in linear.factors)
-    values = linear.node.inputs[1:4] if linear.is_quantized else [linear.weight]
-    return _bytes_of(values, seen)
+    return _bytes_of(linear.weights, seen)
 
 
 def _embedding_parameters(embedding: Embedding, seen: set[int]) -> int:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxpress.compiler import formats
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError, near_miss
@@ -334,6 +335,8 @@ class WeightOnly(Pass):
                 return f"already quantized: {stored}; rtn(requantize=True) rounds it anew"
             if stored == _described(node.op_type, chosen):
                 return f"already quantized: {stored}, as asked for"
+            if node.op_type == "MatMul":
+                return f"already quantized: {stored}, together with its activation, which requantize does not read"
             if len(node.inputs) > 4 and node.op_type == "MatMulNBits" and node.inputs[4] is not None:
                 return f"already quantized: {stored}, with its columns in another order (g_idx)"
         if any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.exclude):
@@ -483,5 +486,7 @@ def without_kernel(dtype: ir.DataType, context: Context) -> str | None:
 
 def dtype_of(node: ir.Node, weight: ir.Value) -> ir.DataType:
     """Float type of a weight; of codes that of their scales."""
+    if formats.stored(node) is not None:
+        return formats.float_type(node)
     value = node.inputs[2] if node_format(node) else weight
     return ir.DataType.FLOAT if value is None or value.const_value is None else value.const_value.dtype
