@@ -181,7 +181,7 @@ def add(graph: ir.Graph, base: str, tensor: ir.Tensor[Any]) -> ir.Value:
 
 
 def replace_with(linear: Linear, operator: str, values: dict[str, ir.Value], attributes: dict[str, Any]) -> None:
-    """Puts one node of com.microsoft into the place of a linear; a bias becomes its input if it has one, else an Add."""
+    """Puts one node of com.microsoft into the place of a linear; a bias becomes its input, or else an Add."""
     slot = formats.OPERATORS[operator].bias
     activation, bias = linear.node.inputs[0], linear.bias
     inputs = [activation, *values.values()]

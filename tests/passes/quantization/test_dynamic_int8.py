@@ -22,9 +22,7 @@ def single(kind: str) -> tuple[ir.Model, np.ndarray, np.ndarray | None]:
     x = ir.val("x", ir.DataType.FLOAT, ["batch", "sequence", 64])
     y = builder.step(kind, x, x)
     y.name = "y"
-    graph = ir.Graph(
-        [x], [y], nodes=builder.nodes, initializers=builder.weights, opset_imports={"": 18}, name="single"
-    )
+    graph = ir.Graph([x], [y], nodes=builder.nodes, initializers=builder.weights, opset_imports={"": 18}, name="single")
     model = ir.Model(graph, ir_version=9)
     (linear,) = find_linears(model)
     bias = None if linear.bias is None else np.array(linear.bias.const_value.numpy())  # type: ignore[union-attr]
