@@ -74,7 +74,7 @@ class Linear:
 
     @property
     def weights(self) -> list[ir.Value]:
-        """The initializers that store the matrix, `weight` first: codes, scales and zero points; of a pair the first."""
+        """The initializers that store the matrix, `weight` first: codes, scales, zero points; of a pair the first."""
         if self.holder == "MatMulNBits":
             return [value for value in self.node.inputs[1:4] if value is not None]
         stored = formats.stored(self.node) if self.is_quantized else None

@@ -136,7 +136,7 @@ class StoredLinears(Pass):
                 chosen.append(linear)
             else:
                 report.skip(linear.name, reason)
-        for number, table in enumerate(tables):
+        for number in range(len(tables)):
             site = "embedding" if number == 0 else f"embedding.{number + 1}"
             report.skip(site, "a table is looked up, not multiplied: rtn(bits=8) stores it in blocks")
         for other in find_other_weights(model, linears, tables):
