@@ -3,8 +3,6 @@
     DynamicQuantizeMatMul            int8 per column; activations are rounded to uint8 when they are known. CPU only
     DequantizeLinear+MatMul          (QDQ) int8 per column; activations are rounded to uint8 in a range fixed beforehand
     MatMulBnb4                       4 bits, of a table of 16 levels (NF4 or FP4), blocks along the flattened rows
-    MatMulBlockQuantizedFp8Weight    float8 (e4m3fn), a scale per block of a row. CUDA only
-    MatMulBlockQuantizedFp4Weight    float4 (e2m1), float8 scales of 16 weights and a float32 one (NVFP4). CUDA only
 
 The functions that give a matrix back are what tests hold ONNX Runtime's kernels against.
 
@@ -25,8 +23,6 @@ Float2D = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
 QDQ = "DequantizeLinear+MatMul"
-FP8_MAX = 448.0  # largest float8 e4m3fn
-FP4_BLOCK = 16
 
 # Levels of NF4, arXiv:2305.14314, appendix E: equally likely values of a normal distribution, 0 among them.
 NF4 = np.array(
@@ -36,9 +32,6 @@ NF4 = np.array(
 # FP4 as bitsandbytes has it: e2m1 with a bias of its own, relative to the largest; the high bit is the sign.
 _FP4 = np.array([0.0, 0.005208333488553762, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
 FP4 = np.concatenate([_FP4, -_FP4])
-# float4 e2m1 as the open compute microscaling specification has it; the high bit is the sign.
-_E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
-E2M1 = np.concatenate([_E2M1, -_E2M1])
 
 
 @dataclass(frozen=True)
@@ -79,12 +72,9 @@ def stored(node: ir.Node) -> Stored | None:
         return None
     if node.op_type == "MatMulBnb4":
         shape = integer(node, "N"), integer(node, "K")
-    elif node.op_type == "DynamicQuantizeMatMul":
+    else:
         columns, rows = _sizes(values[0])
         shape = rows, columns
-    else:
-        rows, columns = _sizes(values[0])
-        shape = rows, columns * (2 if node.op_type == "MatMulBlockQuantizedFp4Weight" else 1)
     weights = tuple(value for value in values if value is not None)
     bias = None if operator.bias is None else _input(node, operator.bias)
     return Stored(node.op_type, weights, *shape, bias, f"{node.op_type}, {operator.text(node)}")
@@ -158,37 +148,13 @@ def _read_pair(node: ir.Node) -> Float2D:
     return columns_matrix(_array(weight, 0), _array(weight, 1), zero)
 
 
-def _read_fp8(node: ir.Node) -> Float2D:
-    return blocks_matrix(_array(node, 1).astype(np.float32), _array(node, 2), integer(node, "block_size", 128))
-
-
-def blocks_matrix(values_NK: Float2D, scale_NG: npt.NDArray[Any], block: int) -> Float2D:
-    """Values times the scale of their block; the last block of a row may be short."""
-    scale_NK = np.repeat(scale_NG.astype(np.float32), block, axis=1)
-    result: Float2D = values_NK * scale_NK[:, : values_NK.shape[1]]
-    return result
-
-
-def _read_fp4(node: ir.Node) -> Float2D:
-    import ml_dtypes
-
-    codes = _array(node, 1)
-    values = np.empty((codes.shape[0], 2 * codes.shape[1]), np.float32)
-    values[:, 0::2], values[:, 1::2] = E2M1[codes & 15], E2M1[codes >> 4]
-    scale = _array(node, 2).view(ml_dtypes.float8_e4m3fn).astype(np.float32) * _array(node, 3).astype(np.float32)
-    return blocks_matrix(values, scale, FP4_BLOCK)
-
-
 def float_type(node: ir.Node) -> ir.DataType:
     """Float type of the activations of a node for which `stored` is not None."""
     if node.op_type == "MatMulBnb4":
         scale = node.inputs[2]
         assert scale is not None
         return scale.dtype or ir.DataType.FLOAT
-    if node.op_type in ("MatMul", "DynamicQuantizeMatMul"):
-        return ir.DataType.FLOAT
-    activation = node.inputs[0]
-    return (activation.dtype if activation is not None else None) or ir.DataType.FLOAT16
+    return ir.DataType.FLOAT
 
 
 def integer(node: ir.Node, name: str, default: int = 0) -> int:
@@ -205,10 +171,6 @@ OPERATORS = {
         lambda node: f"{('FP4', 'NF4')[integer(node, 'quant_type')]} in blocks of {integer(node, 'block_size')}",
         _read_bnb4,
     ),
-    "MatMulBlockQuantizedFp8Weight": _Operator(
-        (1, 2), 4, lambda node: f"float8 in blocks of {integer(node, 'block_size', 128)}", _read_fp8
-    ),
-    "MatMulBlockQuantizedFp4Weight": _Operator((1, 2, 3), 5, lambda _: "float4 in blocks of 16", _read_fp4),
 }
 
 

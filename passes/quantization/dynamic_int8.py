@@ -1,4 +1,4 @@
-"""Stores weights as int8 per column and rounds activations to uint8 as they come: the fastest products on a CPU.
+"""Stores weights as int8 per column and rounds activations to uint8 as they come.
 
 A linear becomes one DynamicQuantizeMatMul. It finds one scale and zero point for the whole activation, all tokens of
 all sequences, so a single large feature costs all the others their precision: with calibration text the relative error
@@ -102,8 +102,8 @@ class DynamicInt8(StoredLinears):
         ids_WS, facts = context.calibration.windows(self.tokens, self.length)
         try:
             windows = feeds(model.graph, ids_WS)
-        except CalibrationError as error:
-            report.notes.append(f"{self.name()}: no linear was kept in float for its error: {error.message}")
+        except CalibrationError as unsuited:
+            report.notes.append(f"{self.name()}: no linear was kept in float for its error: {unsuited.message}")
             return super().prepare(model, linears, context, report)
         report.calibration = facts
         ready: dict[int, dict[str, Any]] = {}
@@ -111,14 +111,11 @@ class DynamicInt8(StoredLinears):
         with Calibration(model, windows, linears, context.work_dir) as run:
             for stage in context.track(run.stages, f"{self.name()}: errors"):
                 errors = [_errors(linear) for linear in stage.linears]
-
-                def watch(x: Floats, errors: list[OutputErrors] = errors) -> None:
+                for x in run.values(stage):
                     x_TK = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
                     rounded_TK = fake_quantize(x_TK, spread(float(x_TK.min()), float(x_TK.max()))) if x.size else x_TK
                     for one in errors:
                         one.add(x_TK, rounded_TK)
-
-                run.observe(stage, with_stats=False, watch=watch)
                 for linear, one in zip(stage.linears, errors, strict=True):
                     error = one.facts["output_error"]
                     if math.isfinite(error) and error > self.max_error:
