@@ -37,7 +37,7 @@ def round_levels(w_NK: Floats, levels: npt.NDArray[np.float32], block: int) -> t
     middles = (levels[order][1:] + levels[order][:-1]) / 2
     relative = w_Gb / np.where(absmax_G > 0, absmax_G, 1)[:, None]
     codes = order.astype(np.uint8)[np.searchsorted(middles, relative.ravel())]
-    packed: npt.NDArray[np.uint8] = codes[0::2] << 4 | codes[1::2]
+    packed = np.bitwise_or(codes[0::2] << np.uint8(4), codes[1::2]).astype(np.uint8, copy=False)
     return packed, absmax_G
 
 
