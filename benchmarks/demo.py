@@ -38,7 +38,7 @@ def main() -> int:
 
     step("1. SmolLM2-135M-Instruct to ONNX (fetches 90 MB once, exports with optimum)")
     source = onnxpress.export("smollm2-135m", output / "smollm2-135m", tell=note)
-    step("2. Fused and quantized with the recipe int4; every exact and close pass is verified")
+    step("2. Fused, and fitted to text with the recipe int4 (minutes); every exact and close pass is verified")
     small = onnxpress.optimize(
         source.directory, output=output / "smollm2-135m-int4", recipe="int4", verify=True, tell=note
     )
