@@ -185,7 +185,7 @@ def quantized_by_onnxruntime(encoder: Path, how: str, folder: Path) -> Path:
     ("how", "format_", "fuses"),
     [
         ("dynamic", "MatMulInteger, 8 bits", True),
-        ("qdq", "DequantizeLinear, 8 bits", False),
+        ("qdq", "DequantizeLinear+MatMul, 8 bits per column", False),
         ("qop", "QLinearMatMul, 8 bits", False),
         ("nbits", "MatMulNBits, 4 bits in blocks of 32, zero points", True),
     ],
