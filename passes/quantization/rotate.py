@@ -182,6 +182,10 @@ class Rotate(Pass):
             reason = _unfit(maker, output)
             heads = _int(node, "num_heads")
             kv_heads = _int(node, "kv_num_heads") or heads
+            if reason is None and maker is not None and value is not None:
+                # Layers that share values would turn them twice, each its own way.
+                if not all(map(_is_read_once, (maker.output, value, output.activation))):
+                    reason = "something else reads its values, or what the attention makes of them"
             if reason is None and node.op_type == "MultiHeadAttention" and len(node.inputs) > 3 and node.inputs[3]:
                 reason = "the attention adds biases itself"
             if reason is None and len(node.inputs) > 13 and node.inputs[13] is not None:
@@ -271,6 +275,8 @@ def _follow(model: ir.Model, linears: list[Linear]) -> _Stream:
             maker = maker if maker is not None and any(one is maker.bias for one in add.inputs) else None
         if maker is None or maker.holder not in FLOATS or maker.num_out != width or len(maker.weight.uses()) > 1:
             raise _InTheWayError(f"{node.op_type} {node.name!r} adds what is not the output of one float linear")
+        if not (_is_read_once(maker.output) and _is_read_once(value)):
+            raise _InTheWayError(f"something else reads what {node.op_type} {node.name!r} adds")
         found.writers[id(maker)] = maker
 
     biased = {id(one.bias) for one in linears if one.bias is not None}
@@ -317,6 +323,10 @@ def _is_by_number(node: ir.Node) -> bool:
     return any(
         value is not None and value.const_value is not None and value.const_value.size == 1 for value in node.inputs
     )
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _unfit(value: Linear | None, output: Linear) -> str | None:

@@ -144,6 +144,32 @@ def test_what_stands_in_the_way_is_named(tiny_export: Callable[..., Path], tmp_p
         assert reason in reasons[0], architecture
 
 
+@pytest.mark.parametrize("place", ["values shared", "values seen", "heads seen", "written seen"])
+def test_what_others_read_is_left(
+    tiny_export: Callable[..., Path], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fused(tiny_export("llama"), tmp_path)
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    values = attentions[0].inputs[2]
+    written = next(one.output for one in find_linears(model) if one.kind == "o")
+    if place == "values shared":
+        attentions[1].replace_input_with(2, values)
+    else:
+        seen = {"values seen": values, "heads seen": attentions[0].outputs[0], "written seen": written}[place]
+        assert seen is not None
+        model.graph.outputs.append(seen)
+    before = steps(model)
+    for name in ("_turned_head", "_turned_stream"):
+        monkeypatch.setattr(Rotate, name, lambda *_: 0.0)
+    report = run(model, stream=place == "written seen")
+    assert any("something else reads" in skip.reason for skip in report.skipped)
+    assert len(report.changed) == {"values shared": 0, "written seen": 2}.get(place, 1)
+    after = steps(model)
+    for name in before:
+        if not name.startswith("present"):
+            check.close(before[name], after[name], name, tolerance=2e-5)
+
+
 def test_what_is_quantized_is_left(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
     model = fused(tiny_export("llama"), tmp_path)
     Rtn(bits=4, block_size=16).run(model, Context())
