@@ -5,6 +5,7 @@ Axes: W windows, S tokens of a window, V vocabulary
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from onnxpress.compiler.errors import CalibrationError
 from onnxpress.compiler.journal import Section
 from onnxpress.compiler.pass_ import Tracker
 from onnxpress.compiler.probe import Probe, Step
+from onnxpress.compiler.region import first_line
 from onnxpress.compiler.sample_text import TOPICS, default_text
 
 Ids = npt.NDArray[np.int64]
@@ -98,7 +100,7 @@ def _read_dataset(name: str, identity: str, config: str | None, split: str) -> s
         raise
     except Exception as error:  # of the hub, the network, a script: the package names no common type
         raise CalibrationError(
-            f"{name}: there is no such file, and as a dataset it cannot be read: {str(error).splitlines()[0]}",
+            f"{name}: there is no such file, and as a dataset it cannot be read: {first_line(error)}",
             hint=_FORMS,
         ) from error
 
@@ -111,7 +113,8 @@ def _texts(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             if not strings:
                 raise CalibrationError(f"{name}: expected a column of text, found {', '.join(row)}", hint=_FORMS)
             column = strings[0]
-        yield row[column]
+        if isinstance(text := row.get(column), str):
+            yield text
 
 
 def _until(texts: Iterable[str], limit: int) -> Iterable[str]:
@@ -147,7 +150,7 @@ def own_text(
     def write(num_tokens: int, length: int) -> Ids:
         length = min(length, _SELF_LENGTH)
         count = max(1, -(-num_tokens // length))
-        unit, digest = f"{count}x{length}", f"{seed} {first} {model_path.stat().st_size}"
+        unit, digest = f"{count}x{length}", f"{seed} {first} {vocab_size} {_beginnings(model_path)}"
         record = section.read(unit, digest)
         if record is None:
             record = {"ids": _written(Probe(model_path, optimized=True), count, length, first, vocab_size, seed, track)}
@@ -156,6 +159,16 @@ def own_text(
         return ids_WS
 
     return write
+
+
+def _beginnings(model_path: Path) -> str:
+    """Digest of what the model's files begin with: another model's text is not taken for this one's."""
+    digest = hashlib.sha256()
+    for path in sorted(model_path.parent.glob(f"{model_path.stem}*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    return digest.hexdigest()
 
 
 def _written(
@@ -167,21 +180,17 @@ def _written(
             hint="give a text file",
         )
     rng = np.random.default_rng(seed)
-    texts: list[Ids] = []
-    starts = range(0, count, _SELF_BATCH)
-    steps = [(start, place) for start in starts for place in range(1, length)]
-    batch, cache = 0, dict[str, Any]()
+    ids_WS = np.zeros((count, length), np.int64)
+    ids_WS[:, 0] = rng.integers(0, vocab_size, count) if first is None else first
+    steps = [(start, place) for start in range(0, count, _SELF_BATCH) for place in range(1, length)]
+    cache: dict[str, Any] = {}
     for start, place in track(steps, "the model writes its calibration text"):
-        if place == 1:
-            batch = min(_SELF_BATCH, count - start)
-            ids_BS = np.zeros((batch, length), np.int64)
-            ids_BS[:, 0] = rng.integers(0, vocab_size, batch) if first is None else first
-            texts.append(ids_BS)
-            cache = {}
-        step = Step(ids_BS[:, place - 1 : place], np.ones((batch, place), np.int64), cache)
+        ids_BS = ids_WS[start : start + _SELF_BATCH]
+        cache = {} if place == 1 else cache
+        step = Step(ids_BS[:, place - 1 : place], np.ones((len(ids_BS), place), np.int64), cache)
         outputs = probe.run(probe.decoder_feeds(step))
         cache = probe.next_cache(outputs)
         logits_BV = outputs["logits"][:, -1, :vocab_size].astype(np.float32, copy=False)
         # The largest of logits with Gumbel noise is a sample of their softmax.
         ids_BS[:, place] = np.argmax(logits_BV + rng.gumbel(size=logits_BV.shape).astype(np.float32), axis=1)
-    return np.concatenate(texts)
+    return ids_WS

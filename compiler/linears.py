@@ -96,7 +96,7 @@ class Linear:
         if self.is_quantized:
             return formats.matrix(self.node)
         stored = _tensor(self.weight).numpy()
-        if self._is_turned():
+        if self.is_turned():
             stored = stored.T
         return np.asarray(stored, dtype=np.float32)
 
@@ -111,10 +111,18 @@ class Linear:
         """
         if self.holder not in ("MatMul", "Gemm", "Transpose+MatMul"):
             raise TypeError(f"{self.name}: a {self.holder} holds no float matrix of its own")
-        matrix = w_NK.T if self._is_turned() else w_NK
+        matrix = w_NK.T if self.is_turned() else w_NK
         return np.ascontiguousarray(matrix).astype(_tensor(self.weight).dtype.numpy(), copy=False)
 
-    def _is_turned(self) -> bool:
+    @property
+    def is_shared(self) -> bool:
+        """Whether something else reads the matrix, or the Transpose in front of it, or a caller may replace it."""
+        values = [self.weight, *([self.node.inputs[1]] if self.holder == "Transpose+MatMul" else [])]
+        return any(
+            one is not None and (len(one.uses()) > 1 or one.is_graph_output() or one.is_graph_input()) for one in values
+        )
+
+    def is_turned(self) -> bool:
         """Whether the matrix is stored as [K, N]."""
         return self.holder == "MatMul" or (self.holder == "Gemm" and not _int(self.node, "transB"))
 
@@ -129,7 +137,7 @@ class Linear:
         if self.holder not in ("MatMul", "Gemm", "Transpose+MatMul"):
             raise TypeError(f"{self.name}: a {self.holder} holds no float matrix of its own")
         rows, columns = shape or self.shape
-        transposed = self._is_turned()
+        transposed = self.is_turned()
         dims = (columns, rows) if transposed else (rows, columns)
         dtype = _tensor(self.weight).dtype
 

@@ -178,7 +178,9 @@ def _scales(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _is_only_scale(value: ir.Value) -> bool:
-    return not value.is_graph_output() and all(_READERS.get(node.op_type) == slot for node, slot in value.uses())
+    return not (value.is_graph_output() or value.is_graph_input()) and all(
+        _READERS.get(node.op_type) == slot for node, slot in value.uses()
+    )
 
 
 def _initializer(graph: ir.Graph, base: str, array: npt.NDArray[Any]) -> ir.Value:

@@ -201,7 +201,7 @@ class Svd(Pass):
             elif id(linear) in tables:
                 report.skip(linear.name, "shares its bytes with the embedding")
             else:
-                key = id(linear.weight), linear.holder == "MatMul"
+                key = id(linear.weight), linear.is_turned()
                 sites.setdefault(key, _Site([])).linears.append(linear)
         return list(sites.values())
 

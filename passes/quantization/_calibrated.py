@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import calibration, packing
+from onnxpress.compiler import calibration, packing, scales, stats
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
@@ -88,7 +88,11 @@ class Calibrated(WeightOnly):
             elif id(site) in unfit:
                 report.skip(site.name, "its activation is not finite on the calibration text")
         # Tables that are only gathered, and what is stored in integers already, see no activation of their own.
-        rest = [site for site in sites if not any(id(linear) in site_of for linear in site.linears)]
+        rest = [
+            site
+            for site in sites
+            if id(site) not in unfit and not any(id(linear) in site_of for linear in site.linears)
+        ]
         yield from rounded(rest, context, self.name())
 
     def _stream(
@@ -187,7 +191,10 @@ def solve(
 
 def identity() -> str:
     """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
-    sources = [__file__, *(module.__file__ for module in (calibration, least_squares, _grids, _rounding))]
+    sources = [
+        __file__,
+        *(module.__file__ for module in (calibration, stats, scales, least_squares, _grids, _rounding)),
+    ]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {os.cpu_count()} cores"
 

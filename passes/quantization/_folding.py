@@ -131,29 +131,35 @@ def _divider(readers: list[Linear], makers: dict[int, Linear]) -> Callable[[Floa
     nodes = {id(one.node) for one in readers}
     if value.is_graph_output() or any(id(node) not in nodes or index != 0 for node, index in value.uses()):
         return "something else reads its activation too"
-    if any(len(one.weight.uses()) > 1 or one.weight.is_graph_input() for one in readers):
+    if any(one.is_shared for one in readers):
         return "its weight is shared"
     node = value.producer()
     if node is None:
         return "it reads an input of the model"
     if node.op_type in NORMS and value is node.outputs[0]:
         slots = [slot for slot in NORMS[node.op_type] if slot < len(node.inputs) and node.inputs[slot] is not None]
-        if any(node.inputs[slot].const_value is None for slot in slots):  # type: ignore[union-attr]
-            return f"the gain of {node.op_type} is computed"
+        if not all(_is_vector(node.inputs[slot], readers[0].num_in) for slot in slots):
+            return f"gain or bias of {node.op_type} is no constant with a number for each feature"
         return lambda factor_K: _scale_inputs(node, slots, factor_K)
     if node.op_type == "Mul":
         for slot, operand in enumerate(node.inputs):
             # The gain of a norm that is several operators.
-            if operand is not None and operand.const_value is not None:
-                sizes = operand.const_value.shape.numpy()
-                if operand.is_initializer() and sizes[-1:] == (readers[0].num_in,):
-                    return lambda factor_K, slot=slot: _scale_inputs(node, [slot], factor_K)  # type: ignore[misc]
+            if _is_vector(operand, readers[0].num_in):
+                return lambda factor_K, slot=slot: _scale_inputs(node, [slot], factor_K)  # type: ignore[misc]
         for operand in node.inputs:
             maker = _alone(operand, makers) if operand is not None else None
             if maker is not None and maker.num_out == readers[0].num_in:
                 return lambda factor_K, maker=maker: _scale_rows(maker, factor_K)  # type: ignore[misc]
         return "neither factor of its activation is a linear's output alone"
     return f"{node.op_type} makes its activation, and passes no factor on"
+
+
+def _is_vector(value: ir.Value | None, size: int) -> bool:
+    """Whether it is a constant of `size` numbers along its last axis that no caller may replace."""
+    if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
+        return False
+    sizes = value.const_value.shape.numpy()
+    return sizes[-1:] == (size,) and value.const_value.size == size
 
 
 def _alone(value: ir.Value, makers: dict[int, Linear]) -> Linear | None:
@@ -165,7 +171,9 @@ def _alone(value: ir.Value, makers: dict[int, Linear]) -> Linear | None:
         inner = [one for one in map(makers.get, map(id, node.inputs)) if one is not None]
         if len(inner) == 1 and any(one is inner[0].bias for one in node.inputs) and len(inner[0].output.uses()) == 1:
             maker = inner[0]
-    if maker is None or maker.holder not in FLOATS or len(maker.weight.uses()) > 1:
+    if maker is None or maker.holder not in FLOATS or maker.is_shared:
+        return None
+    if maker.bias is not None and not _is_vector(maker.bias, maker.num_out):
         return None
     return maker
 

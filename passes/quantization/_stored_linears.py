@@ -55,7 +55,7 @@ class StoredLinears(Pass):
         for linear in context.track(linears, self.name()):
             if id(linear) not in ready:
                 continue
-            key = id(linear.weight), linear.holder == "MatMul"
+            key = id(linear.weight), linear.is_turned()
             if key not in kept:
                 w_NK = linear.w_NK()
                 if not np.isfinite(w_NK).all():
@@ -184,6 +184,8 @@ def replace_with(linear: Linear, operator: str, values: dict[str, ir.Value], att
     """Puts one node of com.microsoft into the place of a linear; a bias becomes its input, or else an Add."""
     slot = formats.OPERATORS[operator].bias
     activation, bias = linear.node.inputs[0], linear.bias
+    if bias is not None and (bias.const_value is None or bias.const_value.size != linear.num_out):
+        slot = None  # the operator takes a number per output only
     inputs = [activation, *values.values()]
     if bias is not None and slot is not None:
         inputs += [None] * (slot - len(inputs)) + [bias]

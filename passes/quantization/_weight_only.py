@@ -290,7 +290,7 @@ class WeightOnly(Pass):
             if block is None:
                 reason = reason or f"embedding width {linear.num_in} is not a multiple of any block size"
             if reason is None and block is not None:
-                key = id(linear.weight), linear.holder == "MatMul"
+                key = id(linear.weight), linear.is_turned()
                 chosen = chosen._replace(block_size=block)
                 new = Site(linear.name, chosen, linear.w_NK, dtype_of(linear.node, linear.weight), linear.shape)
                 if (

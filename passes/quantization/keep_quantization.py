@@ -288,7 +288,7 @@ class KeepQuantization(Pass):
                 continue
             dtype = dtype_of(linear.node, linear.weight)
             new = Site(linear.name, _WIDEST, linear.w_NK, dtype, linear.shape)
-            site = sites.setdefault((id(linear.weight), linear.holder == "MatMul"), new)
+            site = sites.setdefault((id(linear.weight), linear.is_turned()), new)
             site.linears.append(linear)
             if table is not None:
                 site.embeddings.append(table)

@@ -44,7 +44,11 @@ from onnxpress.passes.quantization._weight_only import FLOATS
 
 Floats = npt.NDArray[Any]
 
-_RMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # and the slot of the gain
+_RMS = {
+    "SimplifiedLayerNormalization": 1,
+    "RMSNormalization": 1,
+    "SkipSimplifiedLayerNormalization": 2,
+}  # and the slot of the gain
 _ROWS = 192  # of a matrix that tell the error of a rotation
 
 
@@ -107,6 +111,10 @@ class Rotate(Pass):
         if stream is not None:
             parts = [linear for linear, _ in stream.readers.values()] + list(stream.writers.values())
             wanted |= {id(one): one for one in parts}
+        if not heads and not report.skipped:
+            report.skip(
+                "values", "no GroupQueryAttention or MultiHeadAttention with a linear behind it: comes after fuse"
+            )
         if not wanted:
             return report
         if any(one.weight.dtype == ir.DataType.BFLOAT16 for one in wanted.values()):
@@ -184,8 +192,8 @@ class Rotate(Pass):
             kv_heads = _int(node, "kv_num_heads") or heads
             if reason is None and maker is not None and value is not None:
                 # Layers that share values would turn them twice, each its own way.
-                if not all(map(_is_read_once, (maker.output, value, output.activation))):
-                    reason = "something else reads its values, or what the attention makes of them"
+                is_alone = all(map(_is_read_once, (maker.output, value, output.activation)))
+                reason = None if is_alone else "something else reads its values, or what the attention makes of them"
             if reason is None and node.op_type == "MultiHeadAttention" and len(node.inputs) > 3 and node.inputs[3]:
                 reason = "the attention adds biases itself"
             if reason is None and len(node.inputs) > 13 and node.inputs[13] is not None:
@@ -273,7 +281,13 @@ def _follow(model: ir.Model, linears: list[Linear]) -> _Stream:
         if maker is None and add is not None and add.op_type == "Add":
             maker = next((one for one in map(by_output.get, map(id, add.inputs)) if one is not None), None)
             maker = maker if maker is not None and any(one is maker.bias for one in add.inputs) else None
-        if maker is None or maker.holder not in FLOATS or maker.num_out != width or len(maker.weight.uses()) > 1:
+        if (
+            maker is None
+            or maker.holder not in FLOATS
+            or maker.num_out != width
+            or maker.is_shared
+            or not _has_plain_bias(maker)
+        ):
             raise _InTheWayError(f"{node.op_type} {node.name!r} adds what is not the output of one float linear")
         if not (_is_read_once(maker.output) and _is_read_once(value)):
             raise _InTheWayError(f"something else reads what {node.op_type} {node.name!r} adds")
@@ -285,7 +299,7 @@ def _follow(model: ir.Model, linears: list[Linear]) -> _Stream:
         seen = [value for value in node.inputs if value is not None and id(value) in normed]
         if node.op_type in _RMS and touched:
             gain = node.inputs[_RMS[node.op_type]]
-            if gain is None or gain.const_value is None:
+            if gain is None or gain.const_value is None or gain.is_graph_input() or gain.const_value.size != width:
                 raise _InTheWayError(f"the gain of {node.op_type} {node.name!r} is computed")
             if node.op_type.startswith("Skip"):
                 if len(node.inputs) > 3 and node.inputs[3] is not None:
@@ -305,7 +319,7 @@ def _follow(model: ir.Model, linears: list[Linear]) -> _Stream:
             raise _InTheWayError(f"{node.op_type} {node.name!r} reads the stream, and does not commute with a rotation")
         for value in seen:
             linear = by_node.get(id(node))
-            if node.op_type in ("Slice", "Identity"):  # of tokens; along the features it would not be a stream any more
+            if node.op_type == "Identity" or (node.op_type == "Slice" and _is_of_tokens(node)):
                 normed[id(node.outputs[0])] = normed[id(value)]
             elif node.op_type == "Shape":
                 continue
@@ -319,10 +333,17 @@ def _follow(model: ir.Model, linears: list[Linear]) -> _Stream:
 
 
 def _is_by_number(node: ir.Node) -> bool:
-    """Whether one of the operands is a constant of one element."""
-    return any(
-        value is not None and value.const_value is not None and value.const_value.size == 1 for value in node.inputs
-    )
+    """Whether the stream is multiplied with, or divided by, a constant of one element."""
+    places = node.inputs if node.op_type == "Mul" else node.inputs[1:]
+    return any(value is not None and value.const_value is not None and value.const_value.size == 1 for value in places)
+
+
+def _is_of_tokens(node: ir.Node) -> bool:
+    """Whether a Slice of [batch, tokens, features] leaves the features whole."""
+    axes = node.inputs[3] if len(node.inputs) > 3 else None
+    if axes is None or axes.const_value is None:
+        return False
+    return set(axes.const_value.numpy().ravel().tolist()) <= {0, 1, -2, -3}
 
 
 def _is_read_once(value: ir.Value) -> bool:
@@ -336,9 +357,18 @@ def _unfit(value: Linear | None, output: Linear) -> str | None:
         return "already quantized: comes before quantizers"
     if value.holder not in FLOATS or output.holder not in FLOATS:
         return "its matrix is a product of two"
-    if any(len(one.weight.uses()) > 1 for one in (value, output)):
+    if any(one.is_shared for one in (value, output)):
         return "its weight is shared"
+    if not _has_plain_bias(value):
+        return "its bias is no constant with a number for each output"
     return None
+
+
+def _has_plain_bias(linear: Linear) -> bool:
+    bias = linear.bias
+    return bias is None or (
+        bias.const_value is not None and bias.const_value.size == linear.num_out and not bias.is_graph_input()
+    )
 
 
 def _gain(norm: ir.Node) -> Floats:
@@ -387,7 +417,7 @@ def _turn_bias(linear: Linear, turn: Floats) -> None:
         node = linear.output.consumers()[0]
     for slot, value in enumerate(node.inputs):
         if value is linear.bias:
-            _change_input(node, slot, lambda x: _turn_rows(x, turn))
+            _change_input(node, slot, lambda x: _turn_rows(x.ravel(), turn).reshape(x.shape))
 
 
 def _turn_head(heads: _Heads, turn: Floats) -> None:

@@ -31,7 +31,7 @@ _STEPS = 127
 class Smooth(Folded):
     """Evens out activations for int8 kernels; the model stays the same.
 
-    `granularity` says what shares a step of the int8 activation: the whole tensor (`dynamic_int8`, `static_int8`), or
+    `granularity` says what shares a step of the int8 activation: the whole tensor (`dynamic_int8`), or
     `block_size` features of a token (MatMulNBits at accuracy level 4).
     """
 
