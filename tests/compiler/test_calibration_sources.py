@@ -183,3 +183,10 @@ def test_a_model_without_a_cache_writes_nothing(tmp_path: Path) -> None:
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(CalibrationError, match="expected a decoder with a cache"):
         write(tmp_path)(16, 8)
+
+
+def test_texts_of_one_token_and_rows_without_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (write(write_decoder(tmp_path / "model"))(3, 1) == 1).all()
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    monkeypatch.setitem(sys.modules, "datasets", hub(rows, []))
+    assert read_sources("org/name")[0] == {"org/name": "one\n\ntwo"}

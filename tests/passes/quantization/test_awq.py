@@ -14,7 +14,7 @@ import pytest
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
-from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Pass
@@ -90,7 +90,7 @@ def test_architectures(tiny_export: Callable[..., Path], architecture: str, make
         check.close(value, after[name], name, tolerance=2e-5)
 
 
-def test_what_is_quantized_is_left(capsys: object) -> None:
+def test_what_is_quantized_is_left() -> None:
     model = folds.network()
     Rtn(bits=4, block_size=16).run(model, Context())
     report = Awq(**FEW).run(model, Context())
@@ -113,3 +113,32 @@ def test_what_others_read_is_left() -> None:
 def test_options_out_of_range(options: str) -> None:
     with pytest.raises(OptionError, match="awq"):
         pipeline.parse(f"awq({options})")
+
+
+def test_a_transpose_that_two_matrices_share_is_seen() -> None:
+    builder = graphs.Builder(64, 200, 0)
+    table = builder.weight(200, 64, name="table", scale=1.0)
+    stream = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    turned = builder.op("Transpose", builder.weight(64, 64), perm=[1, 0])
+    for _ in range(2):
+        stream = builder.op("Add", stream, builder.op("MatMul", builder.norm(stream), turned, width=64), width=64)
+    model = builder.finish(builder.norm(stream), False, table)
+    before = graphs.run(model, folds.ids())["logits"]
+    report = Awq(**FEW).run(model, Context(calibration=CalibrationText(vocab_size=200)))
+    assert report.reasons()["its weight is shared"] == 2
+    check.close(before, graphs.run(model, folds.ids())["logits"], tolerance=2e-6)
+
+
+@pytest.mark.parametrize("what", ["one number", "overridable"])
+def test_gains_that_hold_no_factor_are_left(what: str) -> None:
+    model = folds.network()
+    for value in [one for one in model.graph.initializers.values() if one.shape is not None and one.shape == [64]]:
+        if what == "one number":
+            value.const_value = ir.Tensor(np.array([2.0], np.float32), name=value.name)
+            value.shape = ir.Shape([1])
+        else:
+            model.graph.inputs.append(value)
+    before = graphs.run(model, folds.ids())["logits"]
+    report = Awq(**FEW).run(model, Context(calibration=CalibrationText(vocab_size=200)))
+    assert not any(name == "head" for name in report.changed)
+    check.close(before, graphs.run(model, folds.ids())["logits"], tolerance=2e-6)

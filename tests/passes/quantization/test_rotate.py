@@ -188,3 +188,24 @@ def test_no_attention_no_rotation() -> None:
 def test_options_out_of_range(options: str) -> None:
     with pytest.raises(OptionError, match="rotate"):
         pipeline.parse(f"rotate({options})")
+
+
+@pytest.mark.parametrize("kind", ["number by stream", "stream by number"])
+def test_what_does_not_commute_is_refused(
+    tiny_export: Callable[..., Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fused(tiny_export("llama"), tmp_path)
+    for name in ("_turned_head", "_turned_stream"):
+        monkeypatch.setattr(Rotate, name, lambda *_: 0.0)
+    embedded = find_embeddings(model)[0].node.outputs[0]
+    one = ir.Tensor(np.array(1.0, np.float32), name="one")
+    value = ir.Value(name="one", shape=one.shape, type=ir.TensorType(one.dtype), const_value=one)
+    model.graph.register_initializer(value)
+    readers = list(embedded.uses())
+    node = ir.node("Div", [value, embedded] if kind == "number by stream" else [embedded, value], name="inverse")
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = "inverse", embedded.shape, embedded.dtype
+    for reader, index in readers:
+        reader.replace_input_with(index, node.outputs[0])
+    model.graph.insert_before(readers[0][0], [node])
+    reasons = [skip for skip in run(model, stream=True).skipped if skip.site == "the residual stream"]
+    assert bool(reasons) == (kind == "number by stream")

@@ -375,3 +375,20 @@ def _products(model: ir.Model) -> list[ir.Node]:
 )
 def test_blocks_are_hardly_padded(width: int, asked: int, exact: bool, found: int | None) -> None:
     assert fitting_block(width, asked, 4, exact=exact) == found
+
+
+def test_a_matrix_read_both_ways_is_stored_both_ways() -> None:
+    builder = graphs.Builder(64, 200, 0)
+    table = builder.weight(200, 64, name="table", scale=1.0)
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    rows = builder.op("Reshape", x, builder.axes(-1, 64))
+    square = builder.weight(64, 64)
+    for turned in (0, 1):
+        rows = builder.op("Gemm", rows, square, transB=turned)
+    back = builder.op("Reshape", rows, builder.axes(1, -1, 64), width=64)
+    model = builder.finish(back, False, table)
+    ids = {"input_ids": np.arange(12)[None]}
+    before = graphs.run(model, ids)["logits"]
+    Rtn(bits=8, block_size=16).run(model, Context())
+    assert sum(node.op_type == "MatMulNBits" for node in model.graph) == 3
+    check.close(before, graphs.run(model, ids)["logits"], tolerance=0.05)
