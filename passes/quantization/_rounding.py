@@ -112,8 +112,9 @@ def round_blocks(
         error of each block in the type of `w_GbN`.
 
     Laws:   |w - (code - zero) scale| <= |scale| / 2 with "max", asymmetric, and for all but the end opposite to the
-            largest weight when symmetric; "mse" never has a larger error than "max" on any block, but for the last bits
-            of the scale; a block on a grid of integers that uses the whole range is reproduced.
+            largest weight when symmetric, if scale_bits is 32 (a multiple of the unit may fall short of the scale);
+            "mse" never has a larger error than "max" on any block, but for the last bits of the scale; a block on a
+            grid of integers that uses the whole range is reproduced.
     Cost:   O(K N) for each start, about 1 ns a weight and start.
     """
     scale_GN, zero_GN = spread_range(w_GbN, bits, symmetric)

@@ -461,7 +461,7 @@ def is_tied(embedding: Embedding) -> bool:
 def fitting_block(width: int, block_size: int, bits: int, *, exact: bool) -> int | None:
     """The block size to use for rows of `width`: no wider than the row, and a divisor of it where that is a must.
 
-    Elsewhere the last block is padded, by no more than a sixteenth of the row: narrower blocks then take less, too.
+    Elsewhere the last block is padded by at most a sixteenth of the row, unless blocks are the smallest already.
     """
     smallest = 32 if bits == 2 else 16
     block = block_size

@@ -76,7 +76,7 @@ def fit_scale(windows: Sequence[Array], bits: int, *, per_channel: bool) -> Fit:
         per_channel: a scale for each head and channel, else one for all.
     Raises:
         CalibrationError: a value is not finite.
-    Laws:   at 8 bits no value is cut off; more bits, or a scale per channel, never add to the error.
+    Laws:   at 8 bits no value is cut off; more bits never add to the error.
     """
     axes = (0, 2) if per_channel else None
     largest = np.max([np.abs(one).max(axis=axes, keepdims=per_channel) for one in windows], axis=0)
