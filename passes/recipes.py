@@ -112,7 +112,7 @@ _EXACT_ROUNDED_HEAD: Overrides = {kind: {**options, "scales": "max"} for kind, o
 
 
 def int4_rtn(target: Target) -> tuple[Pass, ...]:
-    """As int4, rounded to the nearest: looks at no text, takes seconds, and loses three times as much."""
+    """As int4, rounded to the nearest: looks at no text, takes seconds, and loses some four times as much."""
     if target.provider == "cuda":
         rtn = Rtn(bits=4, block_size=32, overrides=_EXACT_ROUNDED_HEAD)
     else:
