@@ -68,8 +68,10 @@ def stored(node: ir.Node) -> Stored | None:
         return _stored_pair(node)
     operator = OPERATORS.get(node.op_type) if node.domain == "com.microsoft" else None
     values = [] if operator is None else [_input(node, slot) for slot in operator.slots]
-    if operator is None or not values or not _are_constant(values[:2]):
+    if operator is None or not _are_constant([*values[:2], *(one for one in values[2:] if one is not None)]):
         return None
+    if node.op_type == "DynamicQuantizeMatMul" and len(_sizes(values[0])) != 2:
+        return None  # a stack of matrices
     if node.op_type == "MatMulBnb4":
         shape = integer(node, "N"), integer(node, "K")
     else:

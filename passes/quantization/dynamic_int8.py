@@ -119,10 +119,9 @@ class DynamicInt8(StoredLinears):
                 for linear, one in zip(stage.linears, errors, strict=True):
                     error = one.facts["output_error"]
                     if math.isfinite(error) and error > self.max_error:
-                        reason = (
-                            f"its output would lose {error:.3f}, more than max_error={self.max_error}: kept in float"
-                        )
-                        report.skip(linear.name, reason)
+                        # The reason is the same for all, so that a card counts them; the numbers are for people.
+                        report.skip(linear.name, f"its output would lose more than max_error={self.max_error}")
+                        report.notes.append(f"{linear.name} stays in float: its output would lose {error:.3f}")
                     else:
                         ready[id(linear)] = one.facts if math.isfinite(error) else {}
                         total += error * error if math.isfinite(error) else 0.0
