@@ -136,6 +136,21 @@ def test_outliers_are_spread_and_rounding_costs_less(tiny_export: Callable[..., 
     assert loss(True) < 0.9 * loss(False)
 
 
+def test_what_does_not_help_is_dropped(
+    tiny_export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fused(tiny_export("llama"), tmp_path)
+    before = steps(model)
+    for name in ("_turned_head", "_turned_stream"):
+        monkeypatch.setattr(Rotate, name, lambda *_: 1e9)
+    report = run(model, stream=True)
+    assert not report.changed
+    assert report.reasons() == {"no rotation makes its error smaller": 3}
+    assert report.metrics["error_ratio"] == 1
+    for name, value in steps(model).items():
+        np.testing.assert_array_equal(before[name], value)
+
+
 def test_what_stands_in_the_way_is_named(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
     for architecture, reason in (("gpt2", "does not commute"), ("gemma2", "adds what is not the output")):
         report = run(fused(tiny_export(architecture), tmp_path), stream=True)

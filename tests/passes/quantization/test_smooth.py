@@ -49,6 +49,20 @@ def test_law_the_error_that_decides_is_the_error_that_occurs() -> None:
     assert np.argmax(factor_K) == 5
 
 
+@pytest.mark.parametrize("alpha", [0.35, 0.75])
+def test_law_the_factor_is_that_of_the_paper(alpha: float) -> None:
+    rng = np.random.default_rng(0)
+    x_TK = (rng.standard_normal((4096, 64)) * np.where(np.arange(64) % 9 == 0, 60, 1)).astype(np.float32)
+    w_NK = (rng.standard_normal((48, 64)) * np.linspace(0.5, 2, 64)).astype(np.float32)
+    stats = Stats(64)
+    stats.update(x_TK)
+    found = Smooth(alpha=alpha).choose([w_NK[:20], w_NK[20:]], stats)
+    assert found is not None
+    paper_K = np.abs(x_TK).max(axis=0) ** alpha / np.abs(w_NK).max(axis=0) ** (1 - alpha)
+    # Up to one number for all features, which changes nothing.
+    np.testing.assert_allclose(found[0] / found[0][0], paper_K / paper_K[0], rtol=1e-5)
+
+
 def test_even_activations_need_no_factor() -> None:
     stats = Stats(64)
     stats.update(np.random.default_rng(0).choice([-1.0, 1.0], (512, 64)).astype(np.float32))
