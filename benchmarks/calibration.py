@@ -41,7 +41,9 @@ def forward_seconds(artifact: Path, text: Path, tokens: int) -> float:
         vocab_size=1 << 31,
     ).windows(tokens, LENGTH)
     windows = feeds(ir.load(artifact / "model.onnx").graph, ids_WS)
-    session = ort.InferenceSession(artifact / "model.onnx", providers=["CPUExecutionProvider"])
+    quiet = ort.SessionOptions()
+    quiet.log_severity_level = 3
+    session = ort.InferenceSession(artifact / "model.onnx", quiet, providers=["CPUExecutionProvider"])
     session.run(["logits"], windows[0])
     started = time.perf_counter()
     for window in windows:

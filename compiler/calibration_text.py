@@ -47,12 +47,19 @@ class CalibrationText:
     held_out: int = 0
 
     @property
+    def is_text(self) -> bool:
+        """Whether windows are text, and not random tokens."""
+        return self.tokenizer is not None or self.own is not None
+
+    @property
     def text(self) -> str:
         """All texts, "" for the default."""
         return "\n\n".join(self.texts.values())
 
     def windows(self, num_tokens: int, length: int) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
         """Token ids [W, S] with about `num_tokens` in all, spread evenly over every text, and facts for the card.
+
+        A text with less than one window is left out, and the facts say so, unless all are as short.
 
         Args:
             num_tokens: W times S is at most this, but at least one window is given.
@@ -69,15 +76,25 @@ class CalibrationText:
         streams = self._streams()
         number = len(streams) + (self.own is not None)
         written = [] if self.own is None else [*self.own(-(-num_tokens // number), length)]
-        length = min(length, *map(len, streams.values()), *map(len, written))
+        length = min([length, *map(len, written)])
+        # A note of a few words beside a book must not cut the book into windows of a few words.
+        short = [name for name, stream in streams.items() if len(stream) < length]
+        if len(short) < len(streams):
+            streams = {name: stream for name, stream in streams.items() if name not in short}
+        else:
+            length, short = min([length, *map(len, streams.values())]), []
         count = max(1, num_tokens // length)
-        # Each source gives the same number of windows, in turn, so that a prefix of the windows is a mixture too.
-        shares = [_spread(stream, length, -(-count // number)) for stream in streams.values()]
-        shares += [[text[:length] for text in written]] if written else []
+        available = [len(stream) // length for stream in streams.values()] + [len(written)] * bool(written)
+        counts = _even(available, count)
+        # In turn, so that a prefix of the windows is a mixture too.
+        shares = [_spread(stream, length, one) for stream, one in zip(streams.values(), counts, strict=False)]
+        shares += [[text[:length] for text in written[: counts[-1]]]] if written else []
         turns = itertools.zip_longest(*shares)
-        ids = np.concatenate([window for turn in turns for window in turn if window is not None])
-        ids = ids.reshape(-1, length)[:count]
-        return ids, self._facts(ids, f"{ids.size} tokens of {', '.join([*streams, *([OWN] if written else [])])}")
+        ids = np.stack([window for turn in turns for window in turn if window is not None])
+        about = f"{ids.size} tokens of {', '.join([*streams, *([OWN] if written else [])])}"
+        if short:
+            about += f"; shorter than a window of {length} tokens and left out: {', '.join(short)}"
+        return ids, self._facts(ids, about)
 
     def _streams(self) -> dict[str, npt.NDArray[np.int64]]:
         """Token ids of each text."""
@@ -98,6 +115,17 @@ class CalibrationText:
 
     def _facts(self, ids: npt.NDArray[np.int64], about: str) -> dict[str, Any]:
         return {"text": about, "windows": list(ids.shape), "sha256": hashlib.sha256(ids.tobytes()).hexdigest()}
+
+
+def _even(available: list[int], count: int) -> list[int]:
+    """How many of `count` windows each source gives: as evenly as what is `available` allows."""
+    counts = [0] * len(available)
+    left = count
+    order = sorted(range(len(available)), key=available.__getitem__)
+    for place, index in enumerate(order):
+        counts[index] = min(available[index], -(-left // (len(order) - place)))
+        left -= counts[index]
+    return counts
 
 
 def _spread(stream: npt.NDArray[np.int64], length: int, count: int) -> list[npt.NDArray[np.int64]]:

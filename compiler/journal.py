@@ -92,6 +92,11 @@ class Journal:
         self._used.append(folder)
         return Section(folder)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether something is kept for a later run."""
+        return any(folder.is_dir() for folder in self._used)
+
     def clear(self) -> None:
         """Removes the sections that were used: their results have arrived."""
         for folder in self._used:

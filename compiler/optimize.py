@@ -27,7 +27,7 @@ from onnxpress.compiler import report as cards
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
 from onnxpress.compiler.calibration_sources import Given, own_text, read_sources
 from onnxpress.compiler.calibration_text import CalibrationText
-from onnxpress.compiler.errors import OptionError, UnsupportedModelError
+from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.journal import Journal
@@ -49,6 +49,7 @@ DEFAULT_RECIPE = "int4"
 _MEASURED_TOKENS, _VERIFIED_TOKENS = 128, 512  # without and with `verify`; each costs two runs of the model
 _SAVING_MEMORY = 256 << 20  # bytes of weights in memory at once while writing
 _KEEP = "keep_quantization"
+_RESUMES = "what is fitted so far is kept: the same command goes on from there"
 _KINDS = {"huggingface": "a Hugging Face checkpoint", "onnx": "an ONNX graph", "artifact": "an artifact of onnxpress"}
 
 Tell = Callable[[str], None]
@@ -128,6 +129,11 @@ def optimize(
                 " keep_quantization in `passes`",
             )
         context.config, context.stored_types = dict(source.config), source.stored_types
+        if texts and calibration is not None and "tokenizer.json" not in source.files:
+            raise CalibrationError(
+                f"{', '.join(texts)}: the model has no tokenizer.json, which turns text into tokens",
+                hint="put it beside the model; or leave the calibration text out, with a recipe such as int4-rtn",
+            )
         context.calibration = CalibrationText(
             texts=texts,
             own=_own_text(source, context) if is_self else None,
@@ -145,7 +151,10 @@ def optimize(
         if meter is not None:
             ending.callback(meter.close)
         with clock.timed("passes"):
-            done = pipelines.run(source.model, pipeline, context, watching)
+            try:
+                done = pipelines.run(source.model, pipeline, context, watching)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(_RESUMES if journal.is_used else "") from None
         warnings = _warnings(source.model, pipeline, strict)
         tell("writing the artifact")
         with clock.timed("write"):

@@ -110,8 +110,17 @@ def shortened(model: ir.Model, threshold: int) -> Iterator[int]:
         The bytes that were saved.
     """
     graph = model.graph
-    saved = 0
     undo: list[tuple[ir.Value, list[ir.Node], list[ir.Value], str]] = []
+    try:
+        yield _shorten(graph, threshold, undo)
+    finally:
+        for value, nodes, parts, name in undo:
+            _restore(graph, value, nodes, parts, name)
+
+
+def _shorten(graph: ir.Graph, threshold: int, undo: list[tuple[ir.Value, list[ir.Node], list[ir.Value], str]]) -> int:
+    """Puts the short forms in; what was changed is noted in `undo` at once."""
+    saved = 0
     for value in list(dict.fromkeys(_scales(graph))):
         tensor = value.const_value
         if tensor is None or tensor.nbytes <= threshold or not _is_only_scale(value):
@@ -137,11 +146,7 @@ def shortened(model: ir.Model, threshold: int) -> Iterator[int]:
         graph.insert_before(graph[0], nodes)
         saved += tensor.nbytes - _nbytes(found)
         undo.append((value, nodes, parts, name))
-    try:
-        yield saved
-    finally:
-        for value, nodes, parts, name in undo:
-            _restore(graph, value, nodes, parts, name)
+    return saved
 
 
 def restore(model: ir.Model) -> None:

@@ -83,8 +83,9 @@ def _stoppable(function: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except _Terminated:
             raise _Stopped("terminated", _TERMINATED) from None
-        except KeyboardInterrupt:
-            raise _Stopped("interrupted", _INTERRUPTED) from None
+        except KeyboardInterrupt as stop:
+            hint = f"\nhint: {stop}" if str(stop) else ""
+            raise _Stopped(f"interrupted{hint}", _INTERRUPTED) from None
         except BrokenPipeError:
             raise _Stopped("", _BROKEN_PIPE) from None
 

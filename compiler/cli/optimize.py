@@ -81,7 +81,7 @@ def optimize(
 
     def show(console: Console) -> None:
         show_card(console, card)
-        console.print(f"written to {escape(str(artifact))}")
+        console.print(f"written to {escape(str(artifact))}, {size(artifact.nbytes)} of graph and weights")
 
     emit({"directory": str(artifact.directory), **card}, as_json=as_json, quiet=quiet, show=show)
 

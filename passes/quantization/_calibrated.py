@@ -75,6 +75,8 @@ class Calibrated(WeightOnly):
         found: dict[int, Coded] = {}
         unfit: set[int] = set()
         try:
+            if wanted and self.fallback and not context.calibration.is_text:
+                raise StreamingError("the model has no tokenizer.json, and random tokens are no text")
             if wanted:
                 self._stream(model, wanted, site_of, found, unfit, context, report)
         except (StreamingError, UnsupportedModelError) as error:

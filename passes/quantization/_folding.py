@@ -76,6 +76,8 @@ class Folded(Pass):
         if not wanted:
             return report
         try:
+            if self.fallback and not context.calibration.is_text:
+                raise StreamingError("the model has no tokenizer.json, and random tokens are no text")
             self._fold(model, linears, wanted, context, report)
         except (StreamingError, UnsupportedModelError) as error:
             if not self.fallback:

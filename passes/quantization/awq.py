@@ -24,6 +24,7 @@ from onnxpress.compiler.stats import Stats
 from onnxpress.passes.quantization._folding import Floats, Folded
 from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import round_matrix
+from onnxpress.passes.quantization._weight_only import Format
 
 _POWERS = np.arange(1, 21) / 20
 _SMALLEST = 1e-4  # factor, relative to the middle
@@ -56,11 +57,14 @@ class Awq(Folded):
         before = sum(self._error(w_NK, np.ones(stats.num_in), moments_KK) for w_NK in rows)
         best = None
         mean_K = stats.abs_K / max(stats.count, 1)
-        if not mean_K.any() or not before:
+        is_used = mean_K > 0
+        if not is_used.any() or not before:
             return None
         for power in _POWERS:
-            factor_K = np.maximum(mean_K, 1e-12 * mean_K.max()) ** power
-            factor_K /= np.sqrt(factor_K.max() * factor_K.min())
+            # A feature that is always 0 needs no factor, and must not stretch the middle of the others.
+            factor_K = np.ones(stats.num_in)
+            factor_K[is_used] = mean_K[is_used] ** power
+            factor_K[is_used] /= np.sqrt(factor_K[is_used].max() * factor_K[is_used].min())
             np.maximum(factor_K, _SMALLEST, out=factor_K)
             error = sum(self._error(w_NK, factor_K, moments_KK) for w_NK in rows)
             if error < (before if best is None else best[1]):
@@ -70,13 +74,7 @@ class Awq(Folded):
     def _error(self, w_NK: Floats, factor_K: Floats, moments_KK: Floats) -> float:
         """tr(E H E^T), E what rounding W diag(s) leaves, divided by s."""
         scaled_NK = (w_NK * factor_K).astype(np.float32)
-        rounded, _, _ = round_matrix(
-            scaled_NK,
-            bits=self.bits,
-            block_size=self.block_size,
-            symmetric=self.symmetric,
-            scales="max",
-            scale_dtype=np.dtype(np.float32),
-        )
+        chosen = Format(self.bits, self.block_size, self.symmetric, "max")
+        rounded, _, _ = round_matrix(scaled_NK, **chosen._asdict(), scale_dtype=np.dtype(np.float32))
         error_NK = (rounded.w_NK() / factor_K - w_NK).astype(np.float32)
         return quadratic(np.ascontiguousarray(error_NK.T), moments_KK)

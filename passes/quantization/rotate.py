@@ -40,7 +40,7 @@ from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.passes.quantization._hadamard import rotation
 from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import round_matrix
-from onnxpress.passes.quantization._weight_only import FLOATS
+from onnxpress.passes.quantization._weight_only import FLOATS, Format
 
 Floats = npt.NDArray[Any]
 
@@ -222,15 +222,9 @@ class Rotate(Pass):
 
     def _loss(self, w_NK: Floats, moments_KK: Floats) -> float:
         """Squared error that rounding leaves at the outputs, relative to them."""
-        w_NK = np.ascontiguousarray(w_NK[:: -(-len(w_NK) // _ROWS)], dtype=np.float32)
-        rounded, _, _ = round_matrix(
-            w_NK,
-            bits=self.bits,
-            block_size=self.block_size,
-            symmetric=self.symmetric,
-            scales="max",
-            scale_dtype=np.dtype(np.float32),
-        )
+        w_NK = np.ascontiguousarray(_some_rows(w_NK), dtype=np.float32)
+        chosen = Format(self.bits, self.block_size, self.symmetric, "max")
+        rounded, _, _ = round_matrix(w_NK, **chosen._asdict(), scale_dtype=np.dtype(np.float32))
         moments = moments_KK.astype(np.float32)
         energy = quadratic(np.ascontiguousarray(w_NK.T), moments)
         return quadratic(np.ascontiguousarray((rounded.w_NK() - w_NK).T), moments) / energy if energy > 0 else 0.0
@@ -239,7 +233,8 @@ class Rotate(Pass):
         w_NK = linear.w_NK()
         if linear is heads.value:
             return self._loss(_turn_rows(w_NK, turn), moments_KK)
-        return self._loss(_turn_columns(w_NK, turn), _turn_columns(_turn_columns(moments_KK, turn).T, turn))
+        turned_KK = _turn_columns(_turn_columns(moments_KK, turn).T, turn)
+        return self._loss(_turn_columns(_some_rows(w_NK), turn), turned_KK)
 
     def _turned_stream(self, stream: _Stream, linear: Linear, turn: Floats, moments_KK: Floats) -> float:
         w_NK = linear.w_NK()
@@ -249,7 +244,12 @@ class Rotate(Pass):
         # The moments without the gain, which goes into the weights; a gain of 0 lets nothing through.
         inverse_K = np.divide(1.0, gain_K, out=np.zeros_like(gain_K), where=gain_K != 0)
         plain_KK = moments_KK * inverse_K * inverse_K[:, None]
-        return self._loss((w_NK * gain_K) @ turn, turn.T @ plain_KK @ turn)
+        return self._loss((_some_rows(w_NK) * gain_K) @ turn, turn.T @ plain_KK @ turn)
+
+
+def _some_rows(w_NK: Floats) -> Floats:
+    """Every so many rows, at most `_ROWS`: a head has as many as the vocabulary."""
+    return w_NK[:: -(-len(w_NK) // _ROWS)]
 
 
 class _InTheWayError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from onnxpress.compiler.errors import BadModelFileError, CalibrationError, Optio
 from onnxpress.compiler.genai import find_cache, genai_config
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.target import TARGETS
+from onnxpress.passes.quantization.gptq import Gptq
 
 # Every key that onnxruntime-genai knows among those we might write; it refuses a file with any other.
 GENAI_MODEL = {"bos_token_id", "context_length", "decoder", "eos_token_id", "pad_token_id", "type", "vocab_size"}
@@ -173,6 +175,33 @@ def test_calibration_text_must_be_there(source: Path, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError):
             optimize(source, output=tmp_path / "out", passes="", calibration=tmp_path / "text")
     assert not (tmp_path / "out").exists()
+
+
+def test_calibration_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    source = write_decoder(tmp_path / "source", tokenizer=False)
+    (tmp_path / "text.txt").write_text("words " * 100)
+    with pytest.raises(CalibrationError, match=r"text\.txt: the model has no tokenizer\.json"):
+        optimize(source, output=tmp_path / "out", passes="gptq", calibration=tmp_path / "text.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_who_interrupts_is_told_what_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    monkeypatch.setenv("ONNXPRESS_CACHE", str(tmp_path / "cache"))
+    real, fits = Gptq._fit, []
+
+    def fit(self: Gptq, *given: Any) -> Any:
+        if len(fits) == stage:
+            raise KeyboardInterrupt
+        fits.append(given)
+        return real(self, *given)
+
+    monkeypatch.setattr(Gptq, "_fit", fit)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        optimize(source, output=tmp_path / "out", passes="gptq(tokens=128, length=32, block_size=16)", measure=False)
+    assert ("the same command goes on from there" in str(caught.value)) == bool(stage)
 
 
 def test_recipe_and_passes_exclude_each_other(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration import Calibration, Stage
-from onnxpress.compiler.calibration_text import CalibrationText, feeds
+from onnxpress.compiler.calibration_text import CalibrationText, _even, feeds
 from onnxpress.compiler.errors import CalibrationError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, find_linears
 from onnxpress.compiler.pass_ import Context
@@ -203,10 +203,27 @@ def test_without_a_tokenizer_ids_are_random_and_said_so() -> None:
 
 def test_a_short_text_does_not_cost_the_long_one_its_windows(tiny_export: Callable[..., Path]) -> None:
     tokenizer = tiny_export("llama") / "tokenizer.json"
-    short_window = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 25}, tokenizer=tokenizer, vocab_size=320)
-    assert short_window.windows(400, 100)[0].shape == (16 + 1 - 8, 25)  # half of 16 windows from each, b has one
-    few_windows = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 100}, tokenizer=tokenizer, vocab_size=320)
-    assert few_windows.windows(600, 100)[0].shape == (4, 100)
+    short = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 25}, tokenizer=tokenizer, vocab_size=320)
+    ids, facts = short.windows(400, 100)
+    assert ids.shape == (4, 100)
+    assert facts["text"] == "400 tokens of a; shorter than a window of 100 tokens and left out: b"
+    assert short.windows(100, 25)[0].shape == (4, 25)
+    assert len({*short.windows(100, 25)[0][:, 0]}) == 2
+    # What a text does not have, the others give.
+    few = CalibrationText(texts={"a": "a" * 1000, "b": "b" * 100}, tokenizer=tokenizer, vocab_size=320)
+    ids, _ = few.windows(600, 100)
+    assert ids.shape == (6, 100)
+    assert sum(len({*row, ids[1, 0]}) == 1 for row in ids) == 1
+    both = dataclasses.replace(few, texts={"a": "a" * 30, "b": "b" * 25})
+    assert both.windows(400, 100)[0].shape == (2, 25), "all are short"
+
+
+@pytest.mark.parametrize(
+    ("available", "count", "want"),
+    [([10, 10], 6, [3, 3]), ([10, 1], 6, [5, 1]), ([1, 9, 2], 9, [1, 6, 2]), ([2, 2], 9, [2, 2]), ([5], 3, [3])],
+)
+def test_law_shares_are_as_even_as_can_be(available: list[int], count: int, want: list[int]) -> None:
+    assert _even(available, count) == want
 
 
 def test_the_beginning_of_a_text_is_left_for_measuring(tiny_export: Callable[..., Path]) -> None:

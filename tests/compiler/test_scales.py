@@ -106,6 +106,23 @@ def test_files_are_smaller_and_read_back_the_same(tied: bool, tmp_path: Path) ->
         np.testing.assert_array_equal(one.w_NK(), weights[one.name])
 
 
+def test_a_scale_that_cannot_be_read_leaves_the_graph_as_it_was() -> None:
+    model = quantized(True)
+    before = content(model)
+    last = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT][-1]
+    kept = last.const_value
+    assert kept is not None
+
+    def fail() -> ir.TensorProtocol:
+        raise OSError("the file is gone")
+
+    last.const_value = ir.LazyTensor(fail, dtype=kept.dtype, shape=kept.shape, name=last.name)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="gone"), scales.shortened(model, 0):
+        pytest.fail("not reached")
+    last.const_value = kept
+    assert content(model) == before
+
+
 def test_kernels_see_plain_scales(tmp_path: Path) -> None:
     model = quantized(True)
     write_graph(model, tmp_path)

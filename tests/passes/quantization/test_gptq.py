@@ -303,7 +303,8 @@ def test_what_no_text_reaches_is_rounded_only_if_asked_for() -> None:
     with pytest.raises(StreamingError, match="pixel_values"):
         Gptq().run(network(), Context())
     fitted, rounded = network(), network()
-    report = Gptq(fallback=True).run(fitted, Context())
+    text = CalibrationText(vocab_size=200, own=lambda tokens, length: np.ones((1, 8), np.int64))
+    report = Gptq(fallback=True).run(fitted, Context(calibration=text))
     Rtn().run(rounded, Context())
     assert graphs.text(fitted) == graphs.text(rounded)
     assert len(report.changed) == 5
@@ -315,3 +316,14 @@ def test_text_that_is_too_short_is_an_error_all_the_same(tiny_export: Callable[.
     context = Context(calibration=CalibrationText(texts={"note.txt": "x"}, tokenizer=tokenizer, vocab_size=320))
     with pytest.raises(CalibrationError, match="expected text"):
         Gptq(fallback=True).run(fused.clone(), context)
+
+
+def test_random_tokens_are_fitted_to_only_if_asked_for(fused: ir.Model) -> None:
+    rounded = fused.clone()
+    report = Gptq(fallback=True, tokens=64, length=16).run(fused, Context())
+    assert report.notes == [
+        "rounded to the nearest, not fitted to text, from here on: the model has no tokenizer.json, and random tokens "
+        "are no text"
+    ]
+    Rtn().run(rounded, Context())
+    assert graphs.text(fused) == graphs.text(rounded)

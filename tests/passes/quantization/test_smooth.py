@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OptionError, StreamingError
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.stats import Stats
@@ -118,6 +119,10 @@ def test_a_model_without_text_is_left_only_if_asked_for() -> None:
     model.graph.inputs.append(ir.val("pixel_values", ir.DataType.FLOAT, ["batch", 3, "height", "width"]))
     with pytest.raises(StreamingError, match="pixel_values"):
         Smooth().run(model, Context())
-    report = Smooth(fallback=True).run(model, Context())
+    text = CalibrationText(vocab_size=200, own=lambda tokens, length: np.ones((1, 8), np.int64))
+    report = Smooth(fallback=True).run(model, Context(calibration=text))
     assert not report.changed
     assert any("pixel_values" in reason for reason in report.reasons())
+    report = Smooth(fallback=True).run(folds.network(), Context())
+    assert not report.changed
+    assert any("no tokenizer.json" in reason for reason in report.reasons())
