@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from terminal import BenchmarkError, say
@@ -15,10 +16,11 @@ from terminal import BenchmarkError, say
 
 @dataclass(frozen=True)
 class Step:
-    """One call of pip: requirements, all pinned with `==`, and further options of `pip install`."""
+    """One call of pip: requirements, all pinned with `==`, further options of `pip install`, environment variables."""
 
     requirements: tuple[str, ...]
     options: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,24 @@ class Peer:
 
 
 _IS_MACOS = sys.platform == "darwin"
+
+_GGML_FEATURES = {
+    "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "bmi2": "BMI2", "avx512f": "AVX512", "avx512_vnni": "AVX512_VNNI",
+    "avx512vbmi": "AVX512_VBMI", "avx512_bf16": "AVX512_BF16",
+}  # fmt: skip
+
+
+def _without_amx() -> dict[str, str]:
+    """Options of llama.cpp's build: all that this processor has but AMX, which virtual machines announce and trap."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return {}
+    if "amx_tile" not in flags:
+        return {}
+    features = [f"-DGGML_{name}=ON" for flag, name in _GGML_FEATURES.items() if flag in flags]
+    return {"CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF", "-DGGML_AMX_TILE=OFF", *features])}
+
 
 GENAI = Peer(
     folder="genai",
@@ -63,7 +83,8 @@ LLAMA = Peer(
     folder="llama",
     title="llama.cpp",
     # Built from source here, so that the compiler sees this machine's instruction set.
-    steps=(Step(("llama-cpp-python==0.3.36",)),),
+    # --no-cache: a wheel that pip kept may have been made with other options.
+    steps=(Step(("llama-cpp-python==0.3.36",), ("--no-cache-dir",), _without_amx()),),
     hint="it is compiled on this machine: install a C++ compiler, or leave it out with --peers genai",
 )
 
@@ -93,7 +114,7 @@ def provide(peer: Peer, root: Path) -> Path:
         say(f"{peer.title}: installs {', '.join(missing)} into {directory} (this can take minutes)")
         # All of the step's pins at once, or pip might move one while it installs another.
         command = [str(python), "-m", "pip", "install", "--quiet", *step.options, *step.requirements]
-        _run(command, f"pip install {' '.join(step.requirements)}", peer.hint)
+        _run(command, f"pip install {' '.join(step.requirements)}", peer.hint, step.variables)
     say(f"{peer.title}: environment {directory}")
     return python
 
@@ -118,8 +139,9 @@ def _normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _run(command: list[str], what: str, hint: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], what: str, hint: str, variables: Mapping[str, str] | None = None) -> str:
+    environment = {**os.environ, **(variables or {})}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode != 0:
         tail = "\n".join(result.stderr.strip().splitlines()[-15:])
         raise BenchmarkError(f"{what}: expected exit status 0, got {result.returncode}\n{tail}", hint=hint)

@@ -37,6 +37,7 @@ TESTS = {
     f"{_FUSION}/_attention.py": (f"{_TESTS}/test_attention_guards.py", f"{_TESTS}/test_encoder_attention_guards.py"),
     f"{_FUSION}/fuse_encoder_attention.py": (f"{_TESTS}/test_encoder_attention_guards.py",),
     f"{_FUSION}/fuse_skip_norm.py": (f"{_TESTS}/test_fuse_skip_norm.py",),
+    f"{_FUSION}/fold_attention_bias.py": (f"{_TESTS}/test_fold_attention_bias.py",),
     f"{_FUSION}/fuse_swiglu.py": (f"{_TESTS}/test_fuse_swiglu.py",),
     f"{_FUSION}/fuse_gelu.py": (f"{_TESTS}/test_fuse_gelu.py",),
     f"{_FUSION}/pack_qkv.py": (f"{_TESTS}/test_pack_qkv.py",),
@@ -181,6 +182,15 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("bias is read elsewhere", "or len(branch.uses()) != 1 or branch.is_graph_output():", "or branch.is_graph_output():"),
         ("bias of any rank", "if len(bias.shape or ()) != 1 or product", "if product"),
         ("bias that widens", "or product.shape != branch.shape:", ":"),
+    ),
+    f"{_FUSION}/fold_attention_bias.py": (
+        ("values not moved", "(held + moved).astype", "(held + 0 * moved).astype"),
+        ("bias of its own", "if any(node.inputs[3:4]) or any", "if any"),
+        ("a cache", " or any(node.inputs[6:]) or", " or"),
+        ("a reader of keys", "is_same and len(readers) == 1 else None", "is_same else None"),
+        ("readers of attention", "if len(uses) == 1 and not", "if uses and not"),
+        ("bias that widens", " or held.size != weight.const_value.shape[1]:", ":"),
+        ("sizes not asked anew", 'if reader.op_type == "Shape":', "if False:"),
     ),
     f"{_FUSION}/fuse_swiglu.py": (
         ("alpha", 'ir.AttrFloat32("alpha", 1.0)', 'ir.AttrFloat32("alpha", 1.702)'),

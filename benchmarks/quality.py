@@ -43,7 +43,7 @@ PIPELINES = {
     "8 bits, blocks of 16": "fuse, gptq(bits=8, block_size=16), pack",
     "mixed 105.5MB": "fuse, mixed(size='105.5MB'), pack",
     "mixed 97MB": "fuse, mixed(size='97MB'), pack",
-    "mixed 87MB": "fuse, mixed(size='87MB'), pack",
+    "4 bits without zero points": "fuse, gptq(bits=4, head_bits=8, head_block_size=64), pack",
 }
 LLAMA_TYPES = (
     *("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
@@ -112,15 +112,15 @@ def measure(options: argparse.Namespace) -> Iterator[Point]:
     exported = checkpoint.exported(hugging_face)
     settings = f"{options.text} {options.other} {TOKENS} {CONTEXT}"
 
-    def both(model: Path) -> dict[str, Any]:
+    def both(model: Path, *, is_ours: bool) -> dict[str, Any]:
         found = of_onnx(model, exported, options.text)
-        if options.other:
+        if options.other and is_ours:
             other = of_onnx(model, exported, options.other)
             found |= {"other": other["perplexity"], "other_detokenized": other["detokenized"]}
         return found
 
     def onnx(system: str, name: str, model: Path) -> Point:
-        row = results.get(f"{system} {name}", model, settings, partial(both, model))
+        row = results.get(f"{system} {name}", model, settings, partial(both, model, is_ours=system in (OURS, "source")))
         return Point(
             *(system, name, model_bytes(model), row["perplexity"]),
             *(row["kl"], row["top1_agreement"], row.get("other")),
@@ -140,26 +140,18 @@ def measure(options: argparse.Namespace) -> Iterator[Point]:
                 yield onnx(ORT, name, checkpoint.ort_quantized(exported, name, options.calibration or options.text))
     if "llama" in options.peers:
         python = environments.provide(environments.LLAMA, options.env_dir)
-        source = results.get("source fp32", exported, settings, partial(both, exported))
-        ids = {
-            text: perplexities.token_ids(exported, text, detokenized=source[key], tokens=TOKENS)
-            for text, key in ((options.text, "detokenized"), (options.other, "other_detokenized"))
-            if text
-        }
+        source = results.get("source fp32", exported, settings, partial(both, exported, is_ours=True))
+        ids = perplexities.token_ids(exported, options.text, detokenized=source["detokenized"], tokens=TOKENS)
         for kind in LLAMA_TYPES:
             path = checkpoint.requantized(python, kind)
             command = [str(python), str(HERE / "worker_llama.py"), str(path), str(options.threads), str(CONTEXT)]
 
             def ask(path: Path = path, kind: str = kind, command: list[str] = command) -> dict[str, Any]:
                 with Worker(f"llama.cpp {kind}", command, checkpoint.folder / f"worker-{kind}.log") as worker:
-                    found = perplexities.of_gguf(worker, path, ids[options.text], context=CONTEXT)
-                    if options.other:
-                        other = perplexities.of_gguf(worker, path, ids[options.other], context=CONTEXT)
-                        found["other"] = other["perplexity"]
-                return found
+                    return perplexities.of_gguf(worker, path, ids, context=CONTEXT)
 
             row = results.get(f"llama.cpp {kind}", path, settings, ask)
-            yield Point(LLAMA, kind, model_bytes(path), row["perplexity"], other=row.get("other"))
+            yield Point(LLAMA, kind, model_bytes(path), row["perplexity"])
 
 
 class skipping(suppress):  # noqa: N801  # reads as a statement

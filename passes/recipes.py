@@ -9,6 +9,7 @@ from onnxpress.compiler.target import Target
 from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.canonicalize.trim_logits import TrimLogits
 from onnxpress.passes.canonicalize.unflatten import Unflatten
+from onnxpress.passes.fusion.fold_attention_bias import FoldAttentionBias
 from onnxpress.passes.fusion.fuse_attention import FuseAttention
 from onnxpress.passes.fusion.fuse_encoder_attention import FuseEncoderAttention
 from onnxpress.passes.fusion.fuse_gelu import FuseGelu
@@ -40,6 +41,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseEncoderAttention(),
         Unflatten(),
         SplitProjections(),
+        FoldAttentionBias(),
         FuseSkipNorm(layer_norm="sum" if target.provider == "cpu" else "skip"),
         FuseSwiglu(),
         FuseGelu(),
