@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_
 from onnxpress.compiler.nbits import BITS, BLOCK_SIZES, CodedMatrix, slow_kernel
 from onnxpress.compiler.other_weights import find_other_weights, node_format
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.passes.quantization._offsets import append_sums, plain_matrix, recover_offsets
 from onnxpress.passes.quantization._weight_only import (
     Format,
     Site,
@@ -230,6 +232,9 @@ class KeepQuantization(Pass):
     promise: ClassVar[Promise] = Promise.LOSSY
 
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
+    # Weights on evenly spaced levels that are no multiples of a step (Q4_1, Q4_K): levels are kept, the offset of each
+    # block to 2 % of a step, in columns of its own. False: they stay float.
+    offsets: bool = True
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
 
     def __post_init__(self) -> None:
@@ -244,9 +249,10 @@ class KeepQuantization(Pass):
         for other in find_other_weights(model, linears, tables):
             report.skip(other.site, other.reason)
         weights = nbytes = 0
+        loss = norm = 0.0
         exact_in = context.target.dtype.numpy()
         for site, found in threaded(
-            functools.partial(_recover, exact_in=exact_in, provider=context.target.provider),
+            functools.partial(_recover, exact_in=exact_in, provider=context.target.provider, offsets=self.offsets),
             sites,
             context,
             self.name(),
@@ -256,11 +262,15 @@ class KeepQuantization(Pass):
                 layers = re.sub(r"\.\d+\.", ".*.", tensor)
                 report.skip(site.name, f"{layers} is {kind}: {found}" if kind else found)
                 continue
-            put(model.graph, site, found, self.accuracy_level, context)
-            weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + found.nbytes
+            put(model.graph, site, found.matrix, self.accuracy_level, context)
+            weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + found.matrix.nbytes
+            loss, norm = loss + found.loss, norm + found.norm
+            for linear in site.linears:
+                append_sums(model.graph, linear, found.matrix.num_in)
             source = {"source_tensor": tensor, "source_type": kind} if kind else {}
-            note(report, site, found, weight_error=0.0, **source)
-        report.metrics["weight_error"] = 0.0
+            note(report, site, found.matrix, weight_error=_relative(found.loss, found.norm), **source)
+        model.graph.sort()
+        report.metrics["weight_error"] = _relative(loss, norm)
         if weights:
             report.metrics["bits_per_weight"] = 8 * nbytes / weights
             measure_activations(sites, context, report)
@@ -314,8 +324,16 @@ class KeepQuantization(Pass):
 _WIDEST = Format(max(BITS), _FINEST, True)  # of a site before its own format is known
 
 
-def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str) -> CodedMatrix | str:
-    """`recover` in the formats that have a kernel, the smallest first."""
+class _Kept(NamedTuple):
+    """The matrix of a site as it is stored, its squared error and the squared norm of the weights."""
+
+    matrix: CodedMatrix
+    loss: float
+    norm: float
+
+
+def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str, offsets: bool) -> _Kept | str:
+    """`recover` in the formats that have a kernel, the smallest first; else with offsets, where they are allowed."""
     columns = site.shape[1]
     scale_dtype = site.dtype.numpy()
     scale_bits = 8 * min(scale_dtype.itemsize, exact_in.itemsize)
@@ -330,8 +348,24 @@ def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str) -> CodedMatr
     formats.sort(key=lambda one: one[0] + scale_bits / one[1])
     if not formats:
         return f"width {columns} is not a multiple of any block size"
-    found = recover(site.read(), formats, scale_dtype=scale_dtype, exact_in=exact_in)
-    floats = site.shape[0] * columns * scale_dtype.itemsize
-    if isinstance(found, CodedMatrix) and found.nbytes >= floats:
+    w_NK = site.read()
+    found = recover(w_NK, formats, scale_dtype=scale_dtype, exact_in=exact_in)
+    loss = 0.0
+    if found == _ON_NO_GRID and offsets and not site.embeddings:
+        with_offsets = recover_offsets(w_NK, scale_dtype)
+        if isinstance(with_offsets, CodedMatrix):
+            found = with_offsets
+            loss = _square(plain_matrix(found, columns) - w_NK)
+    if isinstance(found, str):
+        return found
+    if found.nbytes >= site.shape[0] * columns * scale_dtype.itemsize:
         return "codes and scales would take no less than the weights do"
-    return found
+    return _Kept(found, loss, _square(w_NK))
+
+
+def _relative(loss: float, norm: float) -> float:
+    return math.sqrt(loss / norm) if norm else 0.0
+
+
+def _square(w_NK: npt.NDArray[Any]) -> float:
+    return float(np.einsum("nk,nk->", w_NK, w_NK, dtype=np.float64))

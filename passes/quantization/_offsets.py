@@ -1,0 +1,154 @@
+"""Blocks whose weights are code times step plus an offset that is no multiple of the step (GGUF: Q4_1, Q4_K).
+
+MatMulNBits has zero points, whole numbers of steps. What an offset has beyond that, c in [-step / 2, step / 2], is the
+same for all weights of a block, so its share of the output is c times the sum of the block's activations:
+
+    x W^T = x Q^T + s C^T,   s_e = sum of x over block e
+
+The sums s are appended to x and the columns C [N, E] to Q [N, K], in 4 bits with a step of their own per row: still one
+MatMulNBits, of E = K / 32 more columns, between two small operators that all readers of x share. Steps are kept to
+float16, codes exactly, and the offsets to a thirtieth of a step: weights are off by some 2 % of a step, where rounding
+them anew takes 29 %.
+
+Axes:    N out features, K in features, G blocks of a row, b = 32 columns of a block, E offsets of a row, padded to 8
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.compiler import packing
+from onnxpress.compiler.fusing import constant
+from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.nbits import CodedMatrix
+from onnxpress.passes.quantization._rounding import round_matrix
+
+Floats = npt.NDArray[np.float32]
+
+BITS, SIZE = 4, 32
+_LEVELS = 2**BITS
+_EVEN = 2e-3  # of a step, by which a weight may miss its level: offsets are added in float32
+_MULTIPLE = 8  # of columns that kernels of CUDA want
+ON_NO_GRID = "the weights of a block are not evenly spaced"
+
+
+def offset_columns(num_in: int) -> int:
+    """E: columns that hold the offsets of K = `num_in` columns, those that fill up included."""
+    groups = -(-num_in // SIZE)
+    return groups + -groups % _MULTIPLE
+
+
+def even_steps(w_NGb: Floats) -> tuple[Floats, Floats] | None:
+    """(step, lowest weight) of every block, [N, G], the weights being lowest + step times 0 to 15, or None.
+
+    The step is the largest with which they are. A block of equal weights has the step 1.
+    """
+    low = w_NGb.min(axis=-1)
+    span = w_NGb.max(axis=-1) - low
+    step = np.zeros_like(span)
+    step[span == 0] = 1
+    above = w_NGb - low[..., None]
+    # Files put the largest weight 15 steps above the lowest, most of the time.
+    for count in (_LEVELS - 1, *range(1, _LEVELS - 1)):
+        left = step == 0
+        if not left.any():
+            break
+        guess = span[left] / np.float32(count)
+        levels = above[left] / guess[:, None]
+        fits = (np.abs(levels - np.rint(levels)) < _EVEN).all(axis=-1)
+        step[left] = np.where(fits, guess, np.float32(0))
+    return None if (step == 0).any() else (step, low)
+
+
+def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any]) -> CodedMatrix | str:
+    """Codes of [N, K + E]: the levels of `w_NK`, exactly, and its offsets; or why it has none.
+
+    Args:
+        w_NK: float32 [N, K], K a multiple of 32. Not changed.
+        scale_dtype: in which steps are stored; they are rounded to float16 before.
+    """
+    rows, columns = w_NK.shape
+    if columns % SIZE:
+        return f"width {columns} is not a multiple of {SIZE}"
+    w = np.asarray(w_NK, np.float32)
+    if not np.isfinite(w).all():
+        return "weights are not finite"
+    if even_steps(w[:16].reshape(-1, columns // SIZE, SIZE)) is None:  # the most frequent case is seen here
+        return ON_NO_GRID
+    w_NGb = w.reshape(rows, -1, SIZE)
+    found = even_steps(w_NGb)
+    if found is None:
+        return ON_NO_GRID
+    step, low = found
+    step = np.maximum(step.astype(np.float16), np.float16(6.2e-5)).astype(np.float32)
+    codes = np.rint((w_NGb - low[..., None]) / step[..., None])
+    if codes.max(initial=0) >= _LEVELS:  # a step below float16's range
+        return "its steps are too small for float16"
+    zero = np.clip(np.rint(-low / step), 0, _LEVELS - 1)
+    # The mean over the block: rounding the step to float16 has moved high levels more than low ones.
+    offset_NG = (w_NGb - step[..., None] * (codes - zero[..., None])).mean(axis=-1)
+    return _coded(codes, zero, step, offset_NG, scale_dtype)
+
+
+def _coded(codes_NGb: Floats, zero_NG: Floats, step_NG: Floats, offset_NG: Floats, dtype: np.dtype[Any]) -> CodedMatrix:
+    rows, groups = zero_NG.shape
+    extra = offset_columns(groups * SIZE)
+    offset_NE = np.pad(offset_NG, ((0, 0), (0, extra - groups)))
+    more, _, _ = round_matrix(
+        offset_NE, bits=BITS, block_size=SIZE, symmetric=True, scales="mse", scale_dtype=np.dtype(np.float16)
+    )
+    codes = packing.pack(codes_NGb.astype(np.uint8).reshape(rows, -1), BITS).reshape(rows, groups, -1)
+    zero_NG = np.pad(zero_NG.astype(np.uint8), ((0, 0), (0, more.scale.shape[1])), constant_values=_LEVELS // 2)
+    return CodedMatrix(
+        np.concatenate([codes, more.codes], axis=1),
+        np.concatenate([step_NG, more.scale], axis=1).astype(dtype),
+        packing.pack_zero_points(zero_NG, BITS),
+        groups * SIZE + extra,
+        BITS,
+        SIZE,
+    )
+
+
+def plain_matrix(matrix: CodedMatrix, num_in: int) -> Floats:
+    """The matrix [N, K] that a coded one of K + E columns stands for."""
+    w = matrix.w_NK()
+    groups = num_in // SIZE
+    kept: Floats = w[:, :num_in] + np.repeat(w[:, num_in : num_in + groups], SIZE, axis=1)
+    return kept
+
+
+def append_sums(graph: ir.Graph, linear: Linear, num_in: int) -> None:
+    """Lets a linear of `num_in` = K + E columns read x with the sums of its blocks behind it; `linear` knows then.
+
+    Nothing happens to one of K columns. The two nodes are there once for all that read x; the graph has to be sorted.
+    """
+    if num_in == linear.num_in:
+        return
+    both = _with_sums(graph, linear.activation, linear.num_in, linear.node)
+    linear.node.replace_input_with(0, both)
+    linear.activation, linear.num_in = both, num_in
+
+
+def _with_sums(graph: ir.Graph, x: ir.Value, num_in: int, before: ir.Node) -> ir.Value:
+    for node in x.consumers():
+        if node.op_type == "Concat" and str(node.outputs[0].name).endswith(_SUMS):
+            return node.outputs[0]
+    extra = offset_columns(num_in)
+    dtype = x.dtype or ir.DataType.FLOAT
+    member = np.zeros((num_in, extra), dtype.numpy())
+    member[np.arange(num_in), np.arange(num_in) // SIZE] = 1
+    sums = ir.Node("", "MatMul", [x, constant(graph, member, f"blocks_of_{num_in}")], name=f"{x.name}/block_sums")
+    both = ir.Node("", "Concat", [x, sums.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{x.name}{_SUMS}")
+    for node, width in ((sums, extra), (both, num_in + extra)):
+        value = node.outputs[0]
+        value.name, value.dtype = node.name, dtype
+        value.shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], width])
+    graph.insert_before(before, [sums, both])
+    return both.outputs[0]
+
+
+_SUMS = "/with_block_sums"
