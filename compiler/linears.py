@@ -277,7 +277,7 @@ def _singles(graph: ir.Graph) -> Iterator[Linear]:
             yield _linear(node, "MatMulNBits", inputs[1], rows, columns, bias)
         elif (held := formats.stored(node)) is not None:
             yield _linear(node, held.holder, held.weights[0], held.num_out, held.num_in, held.bias)
-        elif node.op_type == "MatMul" and node.domain == "" and not _is_constant(inputs[0]):
+        elif node.op_type == "MatMul" and node.domain == "" and not _is_constant(inputs[0]) and not extends(node):
             if _is_float_matrix(inputs[1]):
                 columns, rows = _dims(inputs[1])
                 yield _linear(node, "MatMul", inputs[1], rows, columns, None)
@@ -292,6 +292,14 @@ def _singles(graph: ir.Graph) -> Iterator[Linear]:
                 rows, columns = (first, second) if _int(node, "transB") else (second, first)
                 bias = inputs[2] if len(inputs) > 2 else None
                 yield _linear(node, "Gemm", inputs[1], rows, columns, bias)
+
+
+def extends(node: ir.Node) -> bool:
+    """Whether a product is only put behind what it was computed from, as sums of blocks are, for offsets."""
+    readers = node.outputs[0].consumers()
+    if len(readers) != 1 or readers[0].op_type != "Concat" or node.outputs[0].is_graph_output():
+        return False
+    return list(readers[0].inputs) == [node.inputs[0], node.outputs[0]]
 
 
 def _linear(

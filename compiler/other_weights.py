@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.compiler.formats import stored
-from onnxpress.compiler.linears import MICROSOFT, Embedding, Linear
+from onnxpress.compiler.linears import MICROSOFT, Embedding, Linear, extends
 from onnxpress.compiler.pass_ import subgraphs
 
 # Elements from which on an array counts as a weight; scales, norms and axes are smaller or flat.
@@ -59,7 +59,7 @@ def find_other_weights(
     for node, parent in _nodes(model.graph, None):
         for index, value in enumerate(node.inputs):
             tensor = _constant(value)
-            if tensor is None or id(tensor) in seen or id(node) in nodes or tensor.size < _LEAST:
+            if tensor is None or id(tensor) in seen or id(node) in nodes or tensor.size < _LEAST or extends(node):
                 continue
             site = (value.name if value is not None else None) or node.name or node.op_type
             if tensor.dtype in _CODES:

@@ -25,6 +25,7 @@ from onnxpress.compiler import packing
 from onnxpress.compiler.fusing import constant
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
+from onnxpress.compiler.scales import multiples, unit_of
 from onnxpress.passes.quantization._rounding import round_matrix
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,7 @@ Floats = npt.NDArray[np.float32]
 BITS, SIZE = 4, 32
 _LEVELS = 2**BITS
 _EVEN = 2e-3  # of a step, by which a weight may miss its level: offsets are added in float32
+_SMALLEST = 2.0**-14  # normal number of float16
 _MULTIPLE = 8  # of columns that kernels of CUDA want
 ON_NO_GRID = "the weights of a block are not evenly spaced"
 
@@ -45,15 +47,18 @@ def offset_columns(num_in: int) -> int:
 def even_steps(w_NGb: Floats) -> tuple[Floats, Floats] | None:
     """(step, lowest weight) of every block, [N, G], the weights being lowest + step times 0 to 15, or None.
 
-    The step is the largest with which they are. A block of equal weights has the step 1.
+    The step is the largest with which they are. Equal weights are 0 or 1 steps above the lowest, 0 or below.
     """
     low = w_NGb.min(axis=-1)
     span = w_NGb.max(axis=-1) - low
     step = np.zeros_like(span)
-    step[span == 0] = 1
+    is_flat = span == 0
+    step[is_flat] = np.where(low[is_flat] == 0, np.float32(1), np.abs(low[is_flat]))
+    low = np.where(is_flat, np.minimum(low, 0), low)
     above = w_NGb - low[..., None]
-    # Files put the largest weight 15 steps above the lowest, most of the time.
-    for count in (_LEVELS - 1, *range(1, _LEVELS - 1)):
+    # Files put the largest weight 15 steps above the lowest, most of the time; of such blocks the largest step fits a
+    # divisor of 15 times. So the first count of this order that fits is the smallest.
+    for count in (1, 3, 5, 15, 2, 4, *range(6, 15)):
         left = step == 0
         if not left.any():
             break
@@ -64,12 +69,13 @@ def even_steps(w_NGb: Floats) -> tuple[Floats, Floats] | None:
     return None if (step == 0).any() else (step, low)
 
 
-def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any]) -> CodedMatrix | str:
+def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any], *, scale_bits: int = 32) -> CodedMatrix | str:
     """Codes of [N, K + E]: the levels of `w_NK`, exactly, and its offsets; or why it has none.
 
     Args:
         w_NK: float32 [N, K], K a multiple of 32. Not changed.
         scale_dtype: in which steps are stored; they are rounded to float16 before.
+        scale_bits: 8 for steps that are whole multiples of a unit of their row instead.
     """
     rows, columns = w_NK.shape
     if columns % SIZE:
@@ -84,33 +90,41 @@ def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any]) -> Coded
     if found is None:
         return ON_NO_GRID
     step, low = found
-    step = np.maximum(step.astype(np.float16), np.float16(6.2e-5)).astype(np.float32)
     codes = np.rint((w_NGb - low[..., None]) / step[..., None])
-    if codes.max(initial=0) >= _LEVELS:  # a step below float16's range
-        return "its steps are too small for float16"
+    unit = unit_of(step.max(axis=1, keepdims=True)) if scale_bits == 8 else None
+    step = _stored(step, unit)
+    if not np.isfinite(step).all():
+        return "its steps are too large for float16"
     zero = np.clip(np.rint(-low / step), 0, _LEVELS - 1)
-    # The mean over the block: rounding the step to float16 has moved high levels more than low ones.
+    # The mean over the block: rounding the step has moved high levels more than low ones.
     offset_NG = (w_NGb - step[..., None] * (codes - zero[..., None])).mean(axis=-1)
-    return _coded(codes, zero, step, offset_NG, scale_dtype)
-
-
-def _coded(codes_NGb: Floats, zero_NG: Floats, step_NG: Floats, offset_NG: Floats, dtype: np.dtype[Any]) -> CodedMatrix:
-    rows, groups = zero_NG.shape
-    extra = offset_columns(groups * SIZE)
-    offset_NE = np.pad(offset_NG, ((0, 0), (0, extra - groups)))
+    extra = offset_columns(columns)
+    offset_NE = np.pad(offset_NG, ((0, 0), (0, extra - offset_NG.shape[1])))
     more, _, _ = round_matrix(
-        offset_NE, bits=BITS, block_size=SIZE, symmetric=True, scales="mse", scale_dtype=np.dtype(np.float16)
+        offset_NE, bits=BITS, block_size=SIZE, symmetric=True, scales="mse", scale_dtype=np.dtype(np.float32)
     )
-    codes = packing.pack(codes_NGb.astype(np.uint8).reshape(rows, -1), BITS).reshape(rows, groups, -1)
-    zero_NG = np.pad(zero_NG.astype(np.uint8), ((0, 0), (0, more.scale.shape[1])), constant_values=_LEVELS // 2)
+    scale = _stored(more.scale, unit)
+    levels = np.pad(offset_NE, ((0, 0), (0, -extra % SIZE))).reshape(rows, -1, SIZE) / scale[..., None]
+    levels = np.clip(np.rint(levels) + _LEVELS // 2, 0, _LEVELS - 1)
+    zero = np.pad(zero, ((0, 0), (0, scale.shape[1])), constant_values=_LEVELS // 2).astype(np.uint8)
+    codes = np.concatenate([codes, levels], axis=1).astype(np.uint8)
     return CodedMatrix(
-        np.concatenate([codes, more.codes], axis=1),
-        np.concatenate([step_NG, more.scale], axis=1).astype(dtype),
-        packing.pack_zero_points(zero_NG, BITS),
-        groups * SIZE + extra,
+        packing.pack(codes.reshape(rows, -1), BITS).reshape(rows, zero.shape[1], -1),
+        np.concatenate([step, scale], axis=1).astype(scale_dtype),
+        packing.pack_zero_points(zero, BITS),
+        columns + extra,
         BITS,
         SIZE,
     )
+
+
+def _stored(step: Floats, unit_N1: Floats | None) -> Floats:
+    if unit_N1 is not None:
+        return multiples(step, unit_N1)
+    with np.errstate(over="ignore"):
+        half = step.astype(np.float16).astype(np.float32)
+    # Steps below its range would become 0.
+    return np.where(np.abs(half) < np.float32(_SMALLEST), np.copysign(np.float32(_SMALLEST), step), half)
 
 
 def plain_matrix(matrix: CodedMatrix, num_in: int) -> Floats:

@@ -235,10 +235,14 @@ class KeepQuantization(Pass):
     # Weights on evenly spaced levels that are no multiples of a step (Q4_1, Q4_K): levels are kept, the offset of each
     # block to 2 % of a step, in columns of its own. False: they stay float.
     offsets: bool = True
+    scale_bits: int = (
+        32  # of steps beside offsets. 8: whole multiples of a unit of their row, which costs some accuracy
+    )
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check(self.scale_bits in (8, 32), "scale_bits", "8 or 32", "8 makes the files smaller")
         self.check(self.accuracy_level in (0, 4), "accuracy_level", "0 or 4", "4 is fast, 0 keeps activations in float")
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
@@ -252,7 +256,7 @@ class KeepQuantization(Pass):
         loss = norm = 0.0
         exact_in = context.target.dtype.numpy()
         for site, found in threaded(
-            functools.partial(_recover, exact_in=exact_in, provider=context.target.provider, offsets=self.offsets),
+            functools.partial(_recover, exact_in=exact_in, provider=context.target.provider, options=self),
             sites,
             context,
             self.name(),
@@ -332,7 +336,7 @@ class _Kept(NamedTuple):
     norm: float
 
 
-def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str, offsets: bool) -> _Kept | str:
+def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str, options: KeepQuantization) -> _Kept | str:
     """`recover` in the formats that have a kernel, the smallest first; else with offsets, where they are allowed."""
     columns = site.shape[1]
     scale_dtype = site.dtype.numpy()
@@ -351,8 +355,8 @@ def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str, offsets: boo
     w_NK = site.read()
     found = recover(w_NK, formats, scale_dtype=scale_dtype, exact_in=exact_in)
     loss = 0.0
-    if found == _ON_NO_GRID and offsets and not site.embeddings:
-        with_offsets = recover_offsets(w_NK, scale_dtype)
+    if found == _ON_NO_GRID and options.offsets and not site.embeddings:
+        with_offsets = recover_offsets(w_NK, scale_dtype, scale_bits=options.scale_bits)
         if isinstance(with_offsets, CodedMatrix):
             found = with_offsets
             loss = _square(plain_matrix(found, columns) - w_NK)

@@ -266,14 +266,32 @@ def test_an_artifact_holds_the_very_weights_of_the_file(tmp_path: Path, kind: st
 
 
 def test_what_has_no_exact_form_is_named_and_rounded(tmp_path: Path) -> None:
-    write_llama(tmp_path / "tiny.gguf", kind="Q8_0", kinds={"ffn_up": "Q4_1", ".output.weight": "F16"})
+    write_llama(tmp_path / "tiny.gguf", kind="Q8_0", kinds={"ffn_up": "Q5_1", ".output.weight": "F16"})
     card, _, holders = kept(tmp_path / "tiny.gguf", tmp_path / "out")
     keep, rtn = card["passes"][-2:]
     skipped = {row["reason"].partition(":")[0]: row["sites"] for row in keep["skipped"]}
-    assert skipped["blk.*.ffn_up.weight is Q4_1"] == ["block0.up", "block1.up"]
+    assert skipped["blk.*.ffn_up.weight is Q5_1"] == ["block0.up", "block1.up"]
     assert skipped["output.weight is F16"] == ["head"]
     assert sorted(row["site"] for row in rtn["ledger"]) == ["block0.up", "block1.up", "head"]
     assert set(holders.values()) == {"MatMulNBits"}
+
+
+def test_levels_with_offsets_are_kept(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "tiny.gguf", kind="Q4_1", kinds={"token_embd": "Q8_0", ".output.weight": "Q8_0"})
+    card, weights, holders = kept(tmp_path / "tiny.gguf", tmp_path / "out")
+    keep, rtn = card["passes"][-2:]
+    assert not rtn["changed"]
+    assert set(holders.values()) == {"MatMulNBits"}
+    rows = {row["site"]: row for row in keep["ledger"]}
+    for name, want in in_torch(model).items():
+        kind = "Q8_0" if name in ("head", "embedding") else "Q4_1"
+        assert rows[name]["source_type"] == kind
+        assert (rows[name]["weight_error"] == 0) == (kind == "Q8_0")
+        width = want.shape[1]
+        got, offsets = np.split(weights[name], [width], axis=1)
+        if kind == "Q4_1":
+            got = got + np.repeat(offsets, 32, axis=1)[:, :width]
+        assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want), name
 
 
 def test_tensors_by_the_names_of_the_graph() -> None:
