@@ -153,9 +153,7 @@ def _with_sums(graph: ir.Graph, x: ir.Value, num_in: int, before: ir.Node) -> ir
             return node.outputs[0]
     extra = offset_columns(num_in)
     dtype = x.dtype or ir.DataType.FLOAT
-    member = np.zeros((num_in, extra), dtype.numpy())
-    member[np.arange(num_in), np.arange(num_in) // SIZE] = 1
-    sums = ir.Node("", "MatMul", [x, constant(graph, member, f"blocks_of_{num_in}")], name=f"{x.name}/block_sums")
+    sums = ir.Node("", "MatMul", [x, _blocks(graph, num_in, dtype)], name=f"{x.name}/block_sums")
     both = ir.Node("", "Concat", [x, sums.outputs[0]], [ir.AttrInt64("axis", -1)], name=f"{x.name}{_SUMS}")
     for node, width in ((sums, extra), (both, num_in + extra)):
         value = node.outputs[0]
@@ -163,6 +161,21 @@ def _with_sums(graph: ir.Graph, x: ir.Value, num_in: int, before: ir.Node) -> ir
         value.shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], width])
     graph.insert_before(before, [sums, both])
     return both.outputs[0]
+
+
+def _blocks(graph: ir.Graph, num_in: int, dtype: ir.DataType) -> ir.Value:
+    """[K, E], 1 where a column belongs to a block: a byte each in the file, cast as the session opens."""
+    member = np.zeros((num_in, offset_columns(num_in)), np.bool_)
+    member[np.arange(num_in), np.arange(num_in) // SIZE] = True
+    table = constant(graph, member, f"blocks_of_{num_in}")
+    for node in table.consumers():
+        if node.op_type == "Cast" and node.outputs[0].dtype == dtype:
+            return node.outputs[0]
+    cast = ir.Node("", "Cast", [table], [ir.AttrInt64("to", dtype.value)], name=f"{table.name}/cast")
+    value = cast.outputs[0]
+    value.name, value.dtype, value.shape = f"{cast.name}.out", dtype, table.shape
+    graph.insert_before(graph[0], cast)
+    return value
 
 
 _SUMS = "/with_block_sums"

@@ -21,6 +21,7 @@ from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.other_weights import find_other_weights
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
+from onnxpress.passes.canonicalize.simplify import Simplify
 from onnxpress.passes.quantization._offsets import (
     ON_NO_GRID,
     SIZE,
@@ -205,9 +206,12 @@ def test_readers_of_one_value_share_its_sums() -> None:
     assert sum(str(name).startswith("blocks_of_64") for name in model.graph.initializers) == 1
 
 
-def test_sums_are_no_weights() -> None:
+@pytest.mark.parametrize("simplified", [False, True])
+def test_sums_are_no_weights(simplified: bool) -> None:
     model = network()
     KeepQuantization().run(model, Context())
+    if simplified:  # which folds the cast of the table
+        Simplify().run(model, Context())
     linears = find_linears(model)
     assert len(linears) == 5
     assert not [one for one in find_other_weights(model, linears, []) if "blocks_of" in one.site]
