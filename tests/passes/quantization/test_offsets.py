@@ -235,6 +235,18 @@ def test_a_product_beside_something_else_is_a_linear() -> None:
     assert len(find_linears(model, expand_pairs=True)) == 5
 
 
+def test_a_product_behind_what_it_was_computed_from_is_no_weight() -> None:
+    builder = graphs.Builder(64, 96, 0)
+    table = builder.weight(96, 64, name="table")
+    x = builder.op("Gather", table, builder.ids, width=64, axis=0)
+    both = builder.op("Concat", x, builder.op("MatMul", x, builder.weight(64, 24), width=24), width=88, axis=-1)
+    y = builder.op("MatMul", both, builder.weight(88, 64), width=64)
+    model = builder.finish(builder.op("Tanh", y, width=64), False, table)
+    linears = find_linears(model)
+    assert len(linears) == 2
+    assert not find_other_weights(model, linears, find_embeddings(model, linears))
+
+
 def test_a_second_run_and_without_offsets() -> None:
     model = network()
     kept = KeepQuantization(offsets=False).run(model, Context())
