@@ -24,11 +24,11 @@ from onnxpress.compiler.sample_text import TOPICS, default_text
 Ids = npt.NDArray[np.int64]
 Given = str | Path | Sequence[str | Path] | None
 
-DEFAULT, SELF = "default", "self"
+ENGLISH, SELF = "english", "self"
 _SUFFIXES = (".txt", ".md", ".rst", ".text")
 _DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>\w[\w\[\]:%+-]*))?")
 _DATASET_CHARACTERS = 4_000_000  # of a dataset at most: far more than any pass reads
-_FORMS = "give a text file, a folder of them, a dataset such as org/name:config@train, 'default' or 'self'"
+_FORMS = "give a text file, a folder of them, a dataset such as org/name:config@train, 'english' or 'self'"
 
 _SELF_LENGTH = 256  # tokens of a text that the model writes: caches of plain graphs are copied at every step
 _SELF_BATCH = 32
@@ -40,7 +40,7 @@ def read_sources(given: Given) -> tuple[dict[str, str], bool]:
     Args:
         given: a source or several. A file; a folder, of which all files named .txt, .md, .rst and .text count;
             "org/name:config@split", a dataset of the Hugging Face hub (needs the package `datasets`; its column
-            "text" or else its first one of strings; split "train" by default); "default", English of Python's own
+            "text" or else its first one of strings; split "train" by default); "english", that of Python's own
             help; "self".
 
     Raises:
@@ -51,7 +51,7 @@ def read_sources(given: Given) -> tuple[dict[str, str], bool]:
     for name in names:
         if str(name) == SELF:
             continue
-        if str(name) == DEFAULT:
+        if str(name) == ENGLISH:
             texts[TOPICS] = default_text()
         else:
             texts[str(name)] = _read(name)

@@ -84,7 +84,8 @@ def optimize(
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
         target: "cpu", "cuda" (float16) or "cuda-bf16".
         calibration: text for passes that look at activations, one source or several; see `read_sources`. The loss is
-            measured on the first that is a text. English of Python's own help by default.
+            measured on the first that is a text. By default "self", what the model writes; where it cannot write (no
+            cache, no tokenizer.json) "english", that of Python's own help.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
@@ -129,7 +130,9 @@ def optimize(
                 " keep_quantization in `passes`",
             )
         context.config, context.stored_types = dict(source.config), source.stored_types
-        if texts and calibration is not None and "tokenizer.json" not in source.files:
+        if not calibration and _can_write(source):
+            is_self = True
+        elif texts and "tokenizer.json" not in source.files:
             raise CalibrationError(
                 f"{', '.join(texts)}: the model has no tokenizer.json, which turns text into tokens",
                 hint="put it beside the model; or leave the calibration text out, with a recipe such as int4-rtn",
@@ -235,6 +238,12 @@ def _keeping(pipeline: Pipeline) -> Pipeline:
     first = (n for n, one in enumerate(passes) if one.promise is Promise.LOSSY or one.name().startswith("pack_"))
     passes.insert(next(first, len(passes)), build(registry.find(_KEEP), {}))
     return Pipeline(tuple(passes))
+
+
+def _can_write(source: models.Source) -> bool:
+    """Whether the model is a decoder with a cache and a tokenizer: it writes text of the kind that it reads."""
+    inputs = {value.name or "" for value in source.model.graph.inputs}
+    return "tokenizer.json" in source.files and "input_ids" in inputs and any("past" in name for name in inputs)
 
 
 def _own_text(source: models.Source, context: Context) -> Callable[[int, int], npt.NDArray[np.int64]]:

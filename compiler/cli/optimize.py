@@ -31,8 +31,8 @@ def optimize(
         typer.Option(
             metavar="SOURCE",
             help="Text for passes that look at activations: a file, a folder, a dataset (org/name:config@split), "
-            "'default' (Python's own help) or 'self' (the model writes it); may be given several times.",
-            show_default="default",
+            "'english' (that of Python's own help) or 'self' (the model writes it); may be given several times.",
+            show_default="self; english where the model cannot write",
         ),
     ] = None,
     verify: Annotated[

@@ -27,7 +27,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "deep" / "c.MD").write_text("third")
     (tmp_path / "a.rst").write_text("first")
     (tmp_path / "code.py").write_text("no text")
-    texts, is_self = read_sources([tmp_path, str(tmp_path / "b.txt"), "default", "self"])
+    texts, is_self = read_sources([tmp_path, str(tmp_path / "b.txt"), "english", "self"])
     assert [*texts] == [str(tmp_path), str(tmp_path / "b.txt"), TOPICS]
     assert texts[str(tmp_path)] == "first\n\nsecond\n\nthird"
     assert is_self
@@ -168,11 +168,11 @@ def test_an_artifact_from_own_text(tmp_path: Path) -> None:
     passes = "gptq(tokens=512, length=64, block_size=16)"
     made = [
         optimize(directory, output=tmp_path / name, passes=passes, calibration=given)
-        for name, given in (("own", "self"), ("default", None), ("both", ["self", "default"]))
+        for name, given in (("own", "self"), ("english", "english"), ("both", ["self", "english"]), ("none", None))
     ]
     rows = [next(one for one in artifact.report["passes"] if one["pass"].startswith("gptq")) for artifact in made]
     sources = [row["calibration"]["text"] for row in rows]
-    assert sources == [f"512 tokens of {one}" for one in (OWN, TOPICS, f"{TOPICS}, {OWN}")]
+    assert sources == [f"512 tokens of {one}" for one in (OWN, TOPICS, f"{TOPICS}, {OWN}", OWN)]
 
 
 def test_a_model_without_a_cache_writes_nothing(tmp_path: Path) -> None:
