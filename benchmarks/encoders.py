@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Encoders in float32: onnxpress's graph against ONNX Runtime's own fusions at their highest level.
 
-    python benchmarks/encoders.py --rounds 31
+    python benchmarks/encoders.py --sets 7 --rounds 9
 
 Run it with the Python that has onnxpress, on a machine that does nothing else. Models have the sizes of BERT and ViT,
 with random weights. Both graphs run in one process with all optimizations on (ours gets ONNX Runtime's too), in an
-order that changes from round to round. Where a session's buffers happen to lie is worth up to 3 %, so each graph has
-two sessions and a round compares their sums; the ratio of the two sessions of the original graph shows what is noise.
+order that changes from round to round. Where a session's buffers happen to lie is worth up to 5 %, so each graph has
+two sessions, a round compares their sums, and each set of rounds opens new sessions: shown are the median of the sets'
+medians, the least and the greatest. The ratio of the two sessions of the original graph shows what is noise.
 """
 
 from __future__ import annotations
@@ -67,6 +68,24 @@ def timed(running: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> float
     return time.perf_counter() - started
 
 
+def measured(
+    exported: Path, fused: Path, batch: int, size: int, rng: random.Random, options: argparse.Namespace
+) -> tuple[float, float, float]:
+    """Medians of one set: our speed over the original's, the same of two equal sessions; and the largest difference."""
+    # 0 and 2 run the original, 1 and 3 ours; opened in any order, since memory is handed out in turn.
+    paths = [exported, fused] * 2
+    opened = {index: session(paths[index] / "model.onnx", options.threads) for index in rng.sample(range(4), 4)}
+    inputs = feeds(opened[0], batch, size)
+    outputs = {index: each.run(None, inputs)[0] for index, each in opened.items()}
+    difference = float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
+    rounds, noise = [], []
+    for _ in range(options.rounds):
+        took = {index: timed(opened[index], inputs) for index in rng.sample(range(4), 4)}
+        rounds.append((took[0] + took[2]) / (took[1] + took[3]))
+        noise.append(took[0] / took[2])
+    return median(rounds), median(noise), difference
+
+
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="onnxpress-encoders-") as folder:
@@ -79,23 +98,14 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             fused = onnxpress.optimize(exported, output=work / "fused", recipe="fp32", measure=False).directory
             for batch, size in shapes:
                 say(f"{name}, {batch} x {size}")
-                # Made anew for each shape, the two graphs by turns: 0 and 2 run the original, 1 and 3 ours.
-                running = [session(one / "model.onnx", options.threads) for one in (exported, fused) * 2]
-                inputs = feeds(running[0], batch, size)
-                one, two = (running[index].run(None, inputs)[0] for index in (0, 1))
-                for each in running[2:]:
-                    each.run(None, inputs)
-                difference = float(np.abs(one - two).max() / np.abs(one).max())
                 rng = random.Random(0)
-                rounds: list[float] = []
+                speeds: list[float] = []
                 noise: list[float] = []
-                for _ in range(options.rounds):
-                    took = dict.fromkeys(rng.sample(range(4), 4), 0.0)
-                    for index in took:
-                        took[index] = timed(running[index], inputs)
-                    rounds.append((took[0] + took[2]) / (took[1] + took[3]))
-                    noise.append(took[0] / took[2])
-                spread = {"median": median(rounds), "least": min(rounds), "greatest": max(rounds)}
+                for _ in range(options.sets):
+                    one, two, difference = measured(exported, fused, batch, size, rng, options)
+                    speeds.append(one)
+                    noise.append(two)
+                spread = {"median": median(speeds), "least": min(speeds), "greatest": max(speeds)}
                 row = {"model": name, "batch": batch, "size": size, "difference": difference, "speed": spread}
                 rows.append({**row, "noise": median(noise)})
     return rows
@@ -103,7 +113,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31, help="measured rounds of each case")
+    parser.add_argument("--sets", type=int, default=7, help="sets of rounds of each case, each with new sessions")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds of a set")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write everything measured into this file")
     options = parser.parse_args()
@@ -111,7 +122,7 @@ def main() -> int:
     table = Table("model", "batch x size", "times ONNX Runtime's speed", "the same twice", "difference", box=None)
     for row in rows:
         speed = row["speed"]
-        shown = f"{speed['median']:.2f} ({speed['least']:.2f} to {speed['greatest']:.2f})"
+        shown = f"{speed['median']:.3f} ({speed['least']:.3f} to {speed['greatest']:.3f})"
         noise = f"{row['noise']:.2f}"
         table.add_row(row["model"], f"{row['batch']} x {row['size']}", shown, noise, f"{row['difference']:.0e}")
     Console().print(table)
