@@ -40,6 +40,11 @@ PIPELINES = {
     "int4-small": "int4-small",
     "int4-fast": "int4-fast",
     "int4-rtn": "int4-rtn",
+    # What the file holds, not rounded again.
+    "kept": "fuse, keep_quantization, pack",
+    "kept, steps in a byte": "fuse, keep_quantization(scale_bits=8), pack",
+    "kept, head in 4 bits": "fuse, keep_quantization(scale_bits=8, exclude=('head', 'embedding')),"
+    " gptq(block_size=64, symmetric=False), pack",
     "8 bits, blocks of 16": "fuse, gptq(bits=8, block_size=16), pack",
     "mixed 105.5MB": "fuse, mixed(size='105.5MB'), pack",
     "mixed 97MB": "fuse, mixed(size='97MB'), pack",
