@@ -242,7 +242,8 @@ def _keeping(pipeline: Pipeline) -> Pipeline:
 
 def _can_write(source: models.Source) -> bool:
     """Whether the model is a decoder with a cache and a tokenizer: it writes text of the kind that it reads."""
-    inputs = {value.name or "" for value in source.model.graph.inputs}
+    graph = source.model.graph
+    inputs = {value.name or "" for value in graph.inputs if value.name not in graph.initializers}
     others = inputs - {"input_ids", "attention_mask", "position_ids"}
     is_decoder = "input_ids" in inputs and bool(others) and all("past" in name for name in others)
     return is_decoder and "tokenizer.json" in source.files

@@ -175,6 +175,23 @@ def test_an_artifact_from_own_text(tmp_path: Path) -> None:
     assert sources == [f"512 tokens of {one}" for one in (OWN, TOPICS, f"{TOPICS}, {OWN}", OWN)]
 
 
+def test_a_fused_decoder_writes_too(tmp_path: Path) -> None:
+    fused = optimize(write_decoder(tmp_path / "model"), output=tmp_path / "fused", recipe="fp32", measure=False)
+    model = ir.load(fused.directory / "model.onnx")
+    count = ir.Value(
+        name="count",
+        shape=ir.Shape([1]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.ones(1, np.int64), name="count"),
+    )
+    model.graph.inputs.append(count)  # with a default, as fused models have that of how many logits they give
+    model.graph.register_initializer(count)
+    ir.save(model, fused.directory / "model.onnx")
+    made = optimize(fused.directory, output=tmp_path / "out", passes="gptq(tokens=64, length=32, block_size=16)")
+    (row,) = (one for one in made.report["passes"] if one["pass"].startswith("gptq"))
+    assert row["calibration"]["text"] == f"64 tokens of {OWN}"
+
+
 def test_a_model_without_a_cache_writes_nothing(tmp_path: Path) -> None:
     model = ir.from_onnx_text(
         '<ir_version: 8, opset_import: ["": 18]> g (int64[b, s] input_ids) => (float[b, s] logits) '
