@@ -40,6 +40,7 @@ from onnxpress.passes.quantization._weight_only import (
     Site,
     WeightOnly,
     calibration_windows,
+    require_text,
     rounded,
 )
 
@@ -75,8 +76,8 @@ class Calibrated(WeightOnly):
         found: dict[int, Coded] = {}
         unfit: set[int] = set()
         try:
-            if wanted and self.fallback and not context.calibration.is_text:
-                raise StreamingError("the model has no tokenizer.json, and random tokens are no text")
+            if wanted and self.fallback:
+                require_text(model, context)
             if wanted:
                 self._stream(model, wanted, site_of, found, unfit, context, report)
         except (StreamingError, UnsupportedModelError) as error:

@@ -25,7 +25,7 @@ from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, derived, drop_unused, find_linears, unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.stats import Stats
-from onnxpress.passes.quantization._weight_only import FLOATS
+from onnxpress.passes.quantization._weight_only import FLOATS, require_text
 
 Floats = npt.NDArray[Any]
 
@@ -76,8 +76,8 @@ class Folded(Pass):
         if not wanted:
             return report
         try:
-            if self.fallback and not context.calibration.is_text:
-                raise StreamingError("the model has no tokenizer.json, and random tokens are no text")
+            if self.fallback:
+                require_text(model, context)
             self._fold(model, linears, wanted, context, report)
         except (StreamingError, UnsupportedModelError) as error:
             if not self.fallback:

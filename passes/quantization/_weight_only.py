@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxpress.compiler import formats
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError, UnsupportedModelError, near_miss
+from onnxpress.compiler.errors import OptionError, StreamingError, UnsupportedModelError, near_miss
 from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
 from onnxpress.compiler.nbits import (
     BITS,
@@ -408,6 +408,13 @@ def output_error(w_NK: Floats, q_NK: Floats, stats: Stats) -> float:
     moments_KK = stats.hessian_KK.astype(np.float32)
     energy = quadratic(w_NK.T, moments_KK)
     return math.sqrt(quadratic((q_NK - w_NK).T, moments_KK) / energy) if energy > 0 else 0.0
+
+
+def require_text(model: ir.Model, context: Context) -> None:
+    """Raises StreamingError where nothing but random tokens could be streamed, or not even those."""
+    feeds(model.graph, np.zeros((1, 2), np.int64))
+    if not context.calibration.is_text:
+        raise StreamingError("the model has no tokenizer.json, and random tokens are no text")
 
 
 def calibration_windows(

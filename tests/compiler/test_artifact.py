@@ -199,8 +199,10 @@ def test_who_interrupts_is_told_what_is_kept(
         return real(self, *given)
 
     monkeypatch.setattr(Gptq, "_fit", fit)
+    # Not text that the model writes, which is kept too.
+    passes, given = "gptq(tokens=128, length=32, block_size=16)", "english"
     with pytest.raises(KeyboardInterrupt) as caught:
-        optimize(source, output=tmp_path / "out", passes="gptq(tokens=128, length=32, block_size=16)", measure=False)
+        optimize(source, output=tmp_path / "out", passes=passes, calibration=given, measure=False)
     assert ("the same command goes on from there" in str(caught.value)) == bool(stage)
 
 
