@@ -6,6 +6,7 @@ where the algorithm can. TEXT calibrates gptq: four windows of 256 tokens.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -71,4 +72,6 @@ def main(source: Path, target: Path, algorithm: str, text: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    directory, output, text_file = (Path(sys.argv[index]).resolve() for index in (1, 2, 4))
+    os.chdir(directory)  # gptq opens sessions of a model in memory, whose weights are looked for here
+    main(directory, output, sys.argv[3], text_file)
