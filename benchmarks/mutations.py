@@ -187,6 +187,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("values not moved", "(held + moved).astype", "(held + 0 * moved).astype"),
         ("bias of its own", "if any(node.inputs[3:4]) or any", "if any"),
         ("a cache", " or any(node.inputs[6:]) or", " or"),
+        ("present is an output", "value.uses() or value.is_graph_output() for", "value.uses() for"),
+        ("heads apart", "== len(value.shape) == 3 and", "== len(value.shape) and"),
         ("a reader of keys", "is_same and len(readers) == 1 else None", "is_same else None"),
         ("readers of attention", "if len(uses) == 1 and not", "if uses and not"),
         ("bias that widens", " or held.size != weight.const_value.shape[1]:", ":"),

@@ -79,7 +79,7 @@ class CalibrationText:
         length = min([length, *map(len, written)])
         # A note of a few words beside a book must not cut the book into windows of a few words.
         short = [name for name, stream in streams.items() if len(stream) < length]
-        if len(short) < len(streams):
+        if len(short) < len(streams) + bool(written):
             streams = {name: stream for name, stream in streams.items() if name not in short}
         else:
             length, short = min([length, *map(len, streams.values())]), []

@@ -295,11 +295,15 @@ def _singles(graph: ir.Graph) -> Iterator[Linear]:
 
 
 def extends(node: ir.Node) -> bool:
-    """Whether a product is only put behind what it was computed from, as sums of blocks are, for offsets."""
+    """Whether a product puts sums of blocks behind what it reads, for offsets of weights: its table is no weight."""
     readers = node.outputs[0].consumers()
-    if len(readers) != 1 or readers[0].op_type != "Concat" or node.outputs[0].is_graph_output():
+    if node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Concat" or len(node.inputs) != 2:
         return False
-    return list(readers[0].inputs) == [node.inputs[0], node.outputs[0]]
+    table = node.inputs[1].const_value if node.inputs[1] is not None else None
+    if table is None or len(table.shape) != 2 or list(readers[0].inputs) != [node.inputs[0], node.outputs[0]]:
+        return False
+    held = table.numpy()
+    return bool(((held == 0) | (held == 1)).all() and (held.sum(axis=1) == 1).all())
 
 
 def _linear(

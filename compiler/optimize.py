@@ -90,8 +90,8 @@ def optimize(
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
         seed: of everything random; the same seed gives the same bytes.
-        keep_quantization: store the weights of a GGUF file that MatMulNBits can hold as they are, bit for bit; the
-            pipeline quantizes only the others.
+        keep_quantization: store the weights of a GGUF file that MatMulNBits can hold as they are, bit for bit (of Q4_1
+            and Q4_K the levels; offsets nearly); the pipeline quantizes only the others.
         exporter: "optimum" or "dynamo", for checkpoints; by default optimum where it is installed, else dynamo.
         opset: of `ai.onnx`, for checkpoints.
         track: draws progress, `for item in track(items, label)`.

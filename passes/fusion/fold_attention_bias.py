@@ -39,7 +39,8 @@ class FoldAttentionBias(Pass):
             if keys is None and values is None:
                 continue
             site = node.name or node.outputs[0].name or "attention"
-            if any(node.inputs[3:4]) or any(node.inputs[6:]) or any(value.uses() for value in node.outputs[1:]):
+            is_read = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+            if any(node.inputs[3:4]) or any(node.inputs[6:]) or is_read:
                 report.skip(site, "attention has a cache or a bias of its own")
                 continue
             target = _Output.behind(node) if values is not None else None
@@ -72,7 +73,7 @@ class _Biased:
         if bias is None or x is None or x.shape is None or value.shape is None:
             return None
         # A bias may widen what it is added to.
-        is_same = len(x.shape) == len(value.shape) and x.shape[-1] == value.shape[-1] == vector(bias).size  # type: ignore[union-attr]
+        is_same = len(x.shape) == len(value.shape) == 3 and x.shape[-1] == value.shape[-1] == vector(bias).size  # type: ignore[union-attr]
         readers = [node for node in value.consumers() if node.op_type != "Shape"]
         return _Biased(x, bias, value) if is_same and len(readers) == 1 else None
 

@@ -1,14 +1,15 @@
 """Blocks whose weights are code times step plus an offset that is no multiple of the step (GGUF: Q4_1, Q4_K).
 
-MatMulNBits has zero points, whole numbers of steps. What an offset has beyond that, c in [-step / 2, step / 2], is the
-same for all weights of a block, so its share of the output is c times the sum of the block's activations:
+MatMulNBits has zero points, whole numbers of steps. What an offset has beyond that (c, at most half a step where 0 is
+within reach) is the same for all weights of a block, so its share of the output is c times the sum of the block's
+activations:
 
     x W^T = x Q^T + s C^T,   s_e = sum of x over block e
 
 The sums s are appended to x and the columns C [N, E] to Q [N, K], in 4 bits with a step of their own per row: still one
-MatMulNBits, of E = K / 32 more columns, between two small operators that all readers of x share. Steps are kept to
-float16, codes exactly, and the offsets to a thirtieth of a step: weights are off by some 2 % of a step, where rounding
-them anew takes 29 %.
+MatMulNBits, of E = K / 32 more columns, between two small operators that all readers of x share. Codes are kept as they
+are, steps to float16 and offsets to a thirtieth of the widest of the row: weights of SmolLM2 are off by 2 % of a step,
+where rounding anew takes 29 %. A matrix with a row that would be off by a fifth of its steps is left.
 
 Axes:    N out features, K in features, G blocks of a row, b = 32 columns of a block, E offsets of a row, padded to 8
 """
@@ -33,7 +34,8 @@ Floats = npt.NDArray[np.float32]
 BITS, SIZE = 4, 32
 _LEVELS = 2**BITS
 _EVEN = 2e-3  # of a step, by which a weight may miss its level: offsets are added in float32
-_SMALLEST = 2.0**-14  # normal number of float16
+_SMALLEST = 2.0**-24  # number above 0 of float16
+_LOST = 0.2  # of a step, on the average of a row: seven tenths of what rounding anew costs, 1 / sqrt(12)
 _MULTIPLE = 8  # of columns that kernels of CUDA want
 ON_NO_GRID = "the weights of a block are not evenly spaced"
 
@@ -91,6 +93,11 @@ def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any], *, scale
         return ON_NO_GRID
     step, low = found
     codes = np.rint((w_NGb - low[..., None]) / step[..., None])
+    is_flat = codes.max(axis=-1) == codes.min(axis=-1)
+    usual_N1 = np.where(is_flat, np.inf, step).min(axis=1, keepdims=True).astype(np.float32)
+    # A block of zeros may have any step, and must not coarsen the unit of its row.
+    step = np.where((step == 1) & ~w_NGb.any(axis=-1) & np.isfinite(usual_N1), usual_N1, step)
+    wanted = np.where(is_flat & np.isfinite(usual_N1), usual_N1, step)
     unit = unit_of(step.max(axis=1, keepdims=True)) if scale_bits == 8 else None
     step = _stored(step, unit)
     if not np.isfinite(step).all():
@@ -106,6 +113,11 @@ def recover_offsets(w_NK: npt.NDArray[Any], scale_dtype: np.dtype[Any], *, scale
     scale = _stored(more.scale, unit)
     levels = np.pad(offset_NE, ((0, 0), (0, -extra % SIZE))).reshape(rows, -1, SIZE) / scale[..., None]
     levels = np.clip(np.rint(levels) + _LEVELS // 2, 0, _LEVELS - 1)
+    got = (scale[..., None] * (levels - _LEVELS // 2)).reshape(rows, -1)[:, : offset_NG.shape[1]]
+    left = w_NGb - (step[..., None] * (codes - zero[..., None]) + got[..., None])
+    lost_N = np.sqrt((np.square(left).mean(axis=-1) / np.square(wanted)).mean(axis=1))
+    if not (lost_N <= _LOST).all():  # nor where the scale of the offsets is too large for float16
+        return "the blocks of a row differ too much for one step of their offsets"
     zero = np.pad(zero, ((0, 0), (0, scale.shape[1])), constant_values=_LEVELS // 2).astype(np.uint8)
     codes = np.concatenate([codes, levels], axis=1).astype(np.uint8)
     return CodedMatrix(

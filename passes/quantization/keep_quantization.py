@@ -5,6 +5,8 @@ a row they are whole multiples of one step. The largest such step is their great
 just as integers do; with it the codes follow, and code times scale is the weight, exactly. Neither the file nor the
 names or the order of its rows are needed, and a matrix that is on no grid is known for certain and left as it is.
 
+Blocks on levels with an offset (Q4_1, Q4_K) are kept too, levels exactly, offsets nearly: see `_offsets`.
+
 Differs: a step that is a multiple of the file's gives smaller codes for the same weights.
 Axes:    N out features, K in features, G blocks of a row, b columns of a block
 """
@@ -29,7 +31,7 @@ from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_
 from onnxpress.compiler.nbits import BITS, BLOCK_SIZES, CodedMatrix, slow_kernel
 from onnxpress.compiler.other_weights import find_other_weights, node_format
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.passes.quantization._offsets import append_sums, plain_matrix, recover_offsets
+from onnxpress.passes.quantization._offsets import ON_NO_GRID, append_sums, plain_matrix, recover_offsets
 from onnxpress.passes.quantization._weight_only import (
     Format,
     Site,
@@ -225,8 +227,9 @@ class KeepQuantization(Pass):
     """Stores weights that lie on a grid of 2, 4 or 8 bits as they are: weight times weight the same float.
 
     Linears become MatMulNBits, embeddings GatherBlockQuantized, in the smallest format that is exact; everything else
-    stays float for the next pass. `optimize --keep-quantization` runs it before anything else rounds. LOSSY only since
-    kernels of the CPU round activations to int8, which the report has as `activation_error`; the weights lose nothing.
+    stays float for the next pass. `optimize --keep-quantization` runs it before anything else rounds. LOSSY since
+    kernels of the CPU round activations to int8, which the report has as `activation_error`, and since `offsets` lose
+    a little, its `weight_error`; other weights lose nothing.
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
@@ -235,9 +238,8 @@ class KeepQuantization(Pass):
     # Weights on evenly spaced levels that are no multiples of a step (Q4_1, Q4_K): levels are kept, the offset of each
     # block to 2 % of a step, in columns of its own. False: they stay float.
     offsets: bool = True
-    scale_bits: int = (
-        32  # of steps beside offsets. 8: whole multiples of a unit of their row, which costs some accuracy
-    )
+    # Of steps beside offsets. 8: whole multiples of a unit of their row, which costs some accuracy.
+    scale_bits: int = 32
     exclude: tuple[str, ...] = ()  # patterns of names that stay float: "block0.*", "*.down", "head", "embedding"
 
     def __post_init__(self) -> None:
@@ -357,9 +359,10 @@ def _recover(site: Site, *, exact_in: np.dtype[Any], provider: str, options: Kee
     loss = 0.0
     if found == _ON_NO_GRID and options.offsets and not site.embeddings:
         with_offsets = recover_offsets(w_NK, scale_dtype, scale_bits=options.scale_bits)
-        if isinstance(with_offsets, CodedMatrix):
+        if with_offsets != ON_NO_GRID:
             found = with_offsets
-            loss = _square(plain_matrix(found, columns) - w_NK)
+        if isinstance(with_offsets, CodedMatrix):
+            loss = _square(plain_matrix(with_offsets, columns) - w_NK)
     if isinstance(found, str):
         return found
     if found.nbytes >= site.shape[0] * columns * scale_dtype.itemsize:

@@ -139,6 +139,40 @@ def test_attention_keeps_them(case: str) -> None:
     assert graphs.text(model) == before
 
 
+def test_a_second_look_at_the_present_keeps_them() -> None:
+    model = attention()
+    (node,) = (one for one in model.graph if one.op_type == "MultiHeadAttention")
+    node.resize_outputs(3)
+    for place, name in ((1, "present_key"), (2, "present_value")):
+        node.outputs[place].name, node.outputs[place].dtype = name, ir.DataType.FLOAT
+        model.graph.outputs.append(node.outputs[place])
+    before = graphs.text(model)
+    report = FoldAttentionBias().run(model, Context())
+    assert not report.changed
+    assert list(report.reasons()) == ["attention has a cache or a bias of its own"]
+    assert graphs.text(model) == before
+
+
+def test_keys_and_values_in_heads_are_left() -> None:
+    builder = graphs.Builder(N, 8, 0)
+    q = ir.val("q", ir.DataType.FLOAT, ["batch", "tokens", N])
+    k, v = (ir.val(name, ir.DataType.FLOAT, ["batch", HEADS, "tokens", WIDTH]) for name in "kv")
+    apart = builder.op("Add", v, builder.weight(WIDTH))
+    apart.shape = v.shape
+    node = ir.node("MultiHeadAttention", [q, k, apart], attributes={"num_heads": HEADS}, domain="com.microsoft")
+    builder.nodes.append(node)
+    given = node.outputs[0]
+    given.name, given.dtype, given.shape = "given", ir.DataType.FLOAT, ir.Shape(["batch", "tokens", N])
+    y = builder.op(
+        "Add", builder.op("MatMul", given, builder.weight(N, OUT), width=OUT), builder.weight(OUT), width=OUT
+    )
+    opsets = {"": 18, "com.microsoft": 1}
+    graph = ir.Graph([q, k, v], [y], nodes=builder.nodes, initializers=builder.weights, opset_imports=opsets, name="g")
+    report = FoldAttentionBias().run(ir.Model(graph, ir_version=10), Context())
+    assert not report.changed
+    assert not report.skipped
+
+
 VALUES_KEPT: dict[str, dict[str, Any]] = {
     "no bias behind": {"out_bias": None},
     "a bias that widens": {"out": 1},

@@ -83,14 +83,35 @@ def test_offsets_that_are_multiples_are_exact() -> None:
     np.testing.assert_array_equal(plain_matrix(recovered(w), 64), w)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_offsets_beyond_the_zero_points(sign: int) -> None:
-    """All weights of a block on one side of 0, farther from it than 15 steps."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 16, (8, 64))
-    codes[:, ::32], codes[:, 1::32] = 0, 15
-    w = (sign * (codes * 0.01 + 0.5)).astype(np.float32)
-    assert np.abs(plain_matrix(recovered(w), 64) - w).max() < 0.02
+@pytest.mark.parametrize("change", ["shifted up", "shifted down", "wide", "huge"])
+@pytest.mark.parametrize("scale_bits", [8, 32])
+def test_rows_whose_offsets_do_not_fit_one_step_are_left(change: str, scale_bits: int) -> None:
+    w = as_type(np.random.default_rng(0).standard_normal((8, 256), np.float32) * np.float32(0.02), "Q4_1")
+    recovered(w, scale_bits=scale_bits)
+    w = w.copy()
+    if change == "wide":
+        w[:, :32] *= 200
+    else:
+        w[3, :32] += {"shifted up": 3, "shifted down": -3, "huge": 3e6}[change]
+    reason = recover_offsets(w, F32, scale_bits=scale_bits)
+    expected = ON_NO_GRID, "the blocks of a row differ too much for one step", "its steps are too large"
+    assert isinstance(reason, str)
+    assert reason.startswith(expected)
+
+
+@pytest.mark.parametrize("scale_bits", [8, 32])
+def test_zeros_do_not_coarsen_their_row(scale_bits: int) -> None:
+    w = as_type(np.random.default_rng(0).standard_normal((8, 256), np.float32) * np.float32(0.02), "Q4_1")
+    w[:, :32] = 0
+    kept = plain_matrix(recovered(w, scale_bits=scale_bits), 256)
+    assert distance(kept, w) < 0.012
+
+
+def test_small_weights() -> None:
+    w = np.random.default_rng(0).standard_normal((8, 256), np.float32)
+    for size in (2e-4, 2e-5):  # steps are subnormal numbers of float16, as those of the file are
+        small = as_type(w * np.float32(size), "Q4_1")
+        assert distance(plain_matrix(recovered(small), 256), small) < 0.05
 
 
 def test_equal_weights_and_zeros() -> None:
@@ -133,14 +154,13 @@ def test_q4_k() -> None:
     rng = np.random.default_rng(3)
     size, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q4_K]
     data = rng.integers(0, 256, (20, 2, nbytes), dtype=np.uint8)
-    for place, largest in ((0, 0.002), (2, 0.01)):
-        scale = (rng.random((20, 2)) * largest + largest / 9).astype(np.float16)
+    data[..., 4:8] |= 0xA0  # no scale is below 32 of 63: 0 is within 15 steps, as in files of real quantizers
+    for place, largest in ((0, 0.002), (2, 0.004)):
+        scale = ((rng.random((20, 2)) + 1) * largest / 2).astype(np.float16)
         data[..., place : place + 2] = scale[..., None].view(np.uint8)
     w = gguf.quants.dequantize(data.reshape(20, -1), gguf.GGMLQuantizationType.Q4_K).astype(np.float32)
     assert w.shape == (20, 2 * size)
-    assert (
-        distance(plain_matrix(recovered(w), w.shape[1]), w) < 0.03
-    )  # random bytes: of some blocks 0 is farther than 15 steps
+    assert distance(plain_matrix(recovered(w), w.shape[1]), w) < 0.03
 
 
 def test_short_steps_are_multiples() -> None:
@@ -235,15 +255,19 @@ def test_a_product_beside_something_else_is_a_linear() -> None:
     assert len(find_linears(model, expand_pairs=True)) == 5
 
 
-def test_a_product_behind_what_it_was_computed_from_is_no_weight() -> None:
+@pytest.mark.parametrize("is_table", [True, False])
+def test_only_the_table_of_blocks_is_no_weight(is_table: bool) -> None:
     builder = graphs.Builder(64, 96, 0)
     table = builder.weight(96, 64, name="table")
     x = builder.op("Gather", table, builder.ids, width=64, axis=0)
-    both = builder.op("Concat", x, builder.op("MatMul", x, builder.weight(64, 24), width=24), width=88, axis=-1)
+    matrix = builder.weight(64, 24)
+    if is_table:
+        matrix.const_value = ir.tensor(np.eye(24, dtype=np.float32)[np.arange(64) // 32], name=matrix.name)
+    both = builder.op("Concat", x, builder.op("MatMul", x, matrix, width=24), width=88, axis=-1)
     y = builder.op("MatMul", both, builder.weight(88, 64), width=64)
     model = builder.finish(builder.op("Tanh", y, width=64), False, table)
     linears = find_linears(model)
-    assert len(linears) == 2
+    assert len(linears) == 2 + (not is_table)
     assert not find_other_weights(model, linears, find_embeddings(model, linears))
 
 
