@@ -27,13 +27,14 @@ class Windows(CalibrationDataReader):
     def __init__(self, source: Path, text: Path) -> None:
         self._ids = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids
         self._inputs = onnx.load(source / "model.onnx", load_external_data=False).graph.input
-        self.rewind()
+        self._next = 0  # a number, not an iterator: the quantizer copies its configuration
 
     def get_next(self) -> dict[str, Any] | None:
-        return next(self._windows, None)
+        self._next += 1
+        return self._feeds(self._next - 1) if self._next <= _WINDOWS else None
 
     def rewind(self) -> None:
-        self._windows = (self._feeds(number) for number in range(_WINDOWS))
+        self._next = 0
 
     def _feeds(self, number: int) -> dict[str, Any]:
         ids = np.array([self._ids[number * _LENGTH : (number + 1) * _LENGTH]], np.int64)
@@ -64,6 +65,7 @@ def main(source: Path, target: Path, algorithm: str, text: Path) -> None:
             node.attribute.append(onnx.AttributeProto(name="accuracy_level", type=onnx.AttributeProto.INT, i=4))
     if not any(one.domain == "com.microsoft" for one in model.opset_import):
         model.opset_import.append(onnx.OperatorSetIdProto(domain="com.microsoft", version=1))
+    onnx.load_external_data_for_model(model, str(source))  # what rtn and k_quant left where it was
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja"):

@@ -121,12 +121,12 @@ def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
     axis, width = _axis(first), sum(one.width for one in parts)
     roles = ("weight",) if axis else ("codes", "scale", "zero")
     columns = zip(*(one.weights for one in parts), strict=True)
-    joined = [_joined(graph, values, f"{name}.{role}", axis) for role, values in zip(roles, columns, strict=False)]
+    whole = [joined(graph, values, f"{name}.{role}", axis) for role, values in zip(roles, columns, strict=False)]
     attributes = [ir.AttrInt64("N", width) if key == "N" else one for key, one in first.attributes.items()]
-    nodes = [ir.Node(first.domain, first.op_type, [first.inputs[0], *joined], attributes, name=name)]
+    nodes = [ir.Node(first.domain, first.op_type, [first.inputs[0], *whole], attributes, name=name)]
     biases = [one.bias for one in parts if one.bias is not None]
     if biases:
-        bias = _joined(graph, biases, f"{name}.bias", axis=0)
+        bias = joined(graph, biases, f"{name}.bias", axis=0)
         nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias], name=f"{name}/bias"))
     output = parts[0].output
     for node in nodes:
@@ -167,7 +167,7 @@ def _sizes(value: ir.Value) -> list[int]:
     return [int(size) for size in value.const_value.shape.numpy()]
 
 
-def _joined(graph: ir.Graph, parts: Sequence[ir.Value], base: str, axis: int) -> ir.Value:
+def joined(graph: ir.Graph, parts: Sequence[ir.Value], base: str, axis: int) -> ir.Value:
     """A lazily concatenated initializer."""
     name = unique_name(graph, base)
     tensors = [part.const_value for part in parts if part.const_value is not None]

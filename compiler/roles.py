@@ -53,8 +53,8 @@ def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) 
     while queue:
         value = queue.pop()
         for node, index in value.uses():
-            if id(node) in starts:
-                if index == 0:
+            if id(node) in starts or (node.op_type == "Attention" and node.domain == "com.microsoft"):
+                if index == 0:  # that attention multiplies with the projections itself
                     roles.add("into_linear")
                 continue
             if id(node) in boundary:

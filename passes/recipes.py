@@ -17,9 +17,11 @@ from onnxpress.passes.fusion.fuse_rmsnorm import FuseRmsnorm
 from onnxpress.passes.fusion.fuse_rotary import FuseRotary
 from onnxpress.passes.fusion.fuse_skip_norm import FuseSkipNorm
 from onnxpress.passes.fusion.fuse_swiglu import FuseSwiglu
+from onnxpress.passes.fusion.pack_attention import PackAttention
 from onnxpress.passes.fusion.pack_gate_up import PackGateUp
 from onnxpress.passes.fusion.pack_qkv import PackQkv
 from onnxpress.passes.fusion.split_projections import SplitProjections
+from onnxpress.passes.fusion.unpack_attention import UnpackAttention
 from onnxpress.passes.quantization.cast_float16 import CastFloat16
 from onnxpress.passes.quantization.gptq import Gptq
 from onnxpress.passes.quantization.quantize_kv import QuantizeKv
@@ -39,6 +41,7 @@ def fuse(target: Target) -> tuple[Pass, ...]:
         FuseRotary(),
         FuseAttention(),
         FuseEncoderAttention(),
+        UnpackAttention(),
         Unflatten(),
         SplitProjections(),
         FoldAttentionBias(),
@@ -55,7 +58,8 @@ def fuse(target: Target) -> tuple[Pass, ...]:
 
 def pack(target: Target) -> tuple[Pass, ...]:
     """Joins matrices that read the same activation. Comes last: other passes see queries, keys and values apart."""
-    return (PackQkv(), PackGateUp())
+    packed = (PackQkv(), PackGateUp())
+    return (*packed, PackAttention()) if target.provider == "cpu" else packed
 
 
 def fp32(target: Target) -> tuple[Pass, ...]:

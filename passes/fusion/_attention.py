@@ -7,13 +7,16 @@ Axes:    B batch, S sequence, T past + S, H query heads, G key/value heads, D wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import other, producer, scalar, split_scalar
-from onnxpress.compiler.region import SIZE_ARITHMETIC, NotCuttable, sized_number
+from onnxpress.compiler.fusing import Feeds, other, producer, scalar, split_scalar
+from onnxpress.compiler.region import SIZE_ARITHMETIC, Array, NotCuttable, random_feed, sized_number
+
+PADDING, SCORE_BIAS = 4, 5  # inputs of MultiHeadAttention
 
 # Operators that move or repeat data without changing a number.
 _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")
@@ -474,3 +477,40 @@ def static(value: ir.Value, axis: int) -> int:
     if not isinstance(size, int):
         raise NotCuttable(f"axis {axis} of {value.name} has no fixed size")
     return size
+
+
+def keeps_a_cache(node: ir.Node) -> bool:
+    """Whether a MultiHeadAttention has a cache, gives more than its output, or adds a bias of its own."""
+    is_read = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    return any(node.inputs[3:4]) or any(node.inputs[6:]) or is_read
+
+
+def attention_samples(inputs: Sequence[ir.Value | None], seed: int) -> Feeds:
+    """Sample inputs of a MultiHeadAttention: streams of equal sizes, whatever names the graph gives them, and masks.
+
+    Args:
+        inputs: of the operator, in its order; None for those that are not sampled.
+        seed: of the numbers.
+    """
+
+    def feeds(leaves: Sequence[ir.Value]) -> Iterable[list[Array]]:
+        rng = np.random.default_rng(seed)
+        batch, tokens = 2, 3
+        given: dict[int, Array] = {}
+        for place, value in enumerate(inputs):
+            if value is None:
+                continue
+            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+            if place == PADDING:
+                seen = np.array([[1] * tokens, [1] * (tokens - 1) + [0]], dtype)
+                given[id(value)] = seen if rank(value) == 2 else seen.sum(axis=1, dtype=dtype)
+            elif place == SCORE_BIAS:
+                given[id(value)] = rng.standard_normal((1, 1, tokens, tokens)).astype(dtype)
+            else:
+                width = value.shape[-1] if value.shape is not None else None
+                if not isinstance(width, int):
+                    raise NotCuttable(f"the width of {value.name} is unknown")
+                given[id(value)] = rng.standard_normal((batch, tokens, width)).astype(dtype)
+        yield random_feed(leaves, {"batch": batch, "sequence": tokens}, rng, given)
+
+    return feeds

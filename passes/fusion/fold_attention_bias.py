@@ -9,18 +9,16 @@ keys may be rotated after the bias, and other operators have rows that sum to le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler.fusing import Feeds, Fuser, constant, discard, other, producer, vector
+from onnxpress.compiler.fusing import Fuser, constant, discard, other, producer, vector
+from onnxpress.compiler.linears import MICROSOFT
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.compiler.region import Array, NotCuttable, random_feed
-
-_PADDING, _SCORE_BIAS = 4, 5  # inputs of MultiHeadAttention
+from onnxpress.passes.fusion._attention import attention_samples, keeps_a_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +31,13 @@ class FoldAttentionBias(Pass):
         report = Report()
         fuser = Fuser(model, report, context.seed)
         for node in list(model.graph):
-            if node.op_type != "MultiHeadAttention" or len(node.inputs) < 3:
+            if node.op_type != "MultiHeadAttention" or node.domain != MICROSOFT or len(node.inputs) < 3:
                 continue
             keys, values = (_Biased.read(value) for value in node.inputs[1:3])
             if keys is None and values is None:
                 continue
             site = node.name or node.outputs[0].name or "attention"
-            is_read = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-            if any(node.inputs[3:4]) or any(node.inputs[6:]) or is_read:
+            if keeps_a_cache(node):
                 report.skip(site, "attention has a cache or a bias of its own")
                 continue
             target = _Output.behind(node) if values is not None else None
@@ -107,31 +104,6 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def _samples(inputs: Sequence[ir.Value | None], fuser: Fuser) -> Feeds:
-    """Streams of equal sizes, whatever names the graph gives them, and masks of the kind that the operator takes."""
-
-    def feeds(leaves: Sequence[ir.Value]) -> Iterable[list[Array]]:
-        rng = np.random.default_rng(fuser.seed)
-        batch, tokens = 2, 3
-        given: dict[int, Array] = {}
-        for place, value in enumerate(inputs):
-            if value is None:
-                continue
-            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-            if place == _PADDING:
-                given[id(value)] = np.array([[1] * tokens, [1] * (tokens - 1) + [0]], dtype)
-            elif place == _SCORE_BIAS:
-                given[id(value)] = rng.standard_normal((1, 1, tokens, tokens)).astype(dtype)
-            else:
-                width = value.shape[-1] if value.shape is not None else None
-                if not isinstance(width, int):
-                    raise NotCuttable(f"the width of {value.name} is unknown")
-                given[id(value)] = rng.standard_normal((batch, tokens, width)).astype(dtype)
-        yield random_feed(leaves, {"batch": batch, "sequence": tokens}, rng, given)
-
-    return feeds
-
-
 def _fold(
     fuser: Fuser, site: str, node: ir.Node, keys: _Biased | None, values: _Biased | None, target: _Output | None
 ) -> str | None:
@@ -160,7 +132,7 @@ def _fold(
             )
         old = target.add.outputs[0]
     reason = fuser.verdict(
-        [one for one in inputs if one is not None], [old], [new[-1].outputs[0]], _samples(inputs, fuser)
+        [one for one in inputs if one is not None], [old], [new[-1].outputs[0]], attention_samples(inputs, fuser.seed)
     )
     if reason is not None:
         discard(new)
