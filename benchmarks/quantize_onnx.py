@@ -70,6 +70,7 @@ def main(source: Path, target: Path, algorithm: str, text: Path) -> None:
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja"):
             shutil.copyfile(file, target / file.name)
+    os.chdir(target)  # a file of that name lies in the source
     onnx.save(model, target / "model.onnx", save_as_external_data=True, location="model.onnx.data")
 
 

@@ -74,8 +74,11 @@ class CalibrationText:
             ids = rng.integers(0, max(self.vocab_size, 2), (max(1, num_tokens // length), length), dtype=np.int64)
             return ids, self._facts(ids, f"{ids.size} random tokens, since the model has no tokenizer.json")
         streams = self._streams()
-        number = len(streams) + (self.own is not None)
-        written = [] if self.own is None else [*self.own(-(-num_tokens // number), length)]
+        # What texts have too few of, the model writes.
+        wanted = -(-num_tokens // length)
+        given = [len(stream) // length for stream in streams.values() if len(stream) >= length]
+        asked = min(_even([*given, wanted], wanted)[-1] * length, num_tokens)
+        written = [] if self.own is None else [*self.own(asked, length)]
         length = min([length, *map(len, written)])
         # A note of a few words beside a book must not cut the book into windows of a few words.
         short = [name for name, stream in streams.items() if len(stream) < length]

@@ -61,9 +61,22 @@ class Linear:
         return self.num_out, self.num_in
 
     @property
+    def num_sums(self) -> int:
+        """How many of the columns hold offsets of blocks, and read sums of the activation's blocks (`extends`)."""
+        table = _table_behind(self.activation)
+        return 0 if table is None else _dims(table)[1]
+
+    @property
+    def source(self) -> ir.Value:
+        """The activation without the sums of its blocks."""
+        joined = self.activation.producer() if self.num_sums else None
+        plain = None if joined is None else joined.inputs[0]
+        return self.activation if plain is None else plain
+
+    @property
     def bits(self) -> float:
         """Bits per weight of the stored form, scales and zero points included."""
-        return 8 * self.nbytes / (self.num_out * self.num_in)
+        return 8 * self.nbytes / (self.num_out * (self.num_in - self.num_sums))
 
     @property
     def nbytes(self) -> int:
@@ -296,14 +309,35 @@ def _singles(graph: ir.Graph) -> Iterator[Linear]:
 
 def extends(node: ir.Node) -> bool:
     """Whether a product puts sums of blocks behind what it reads, for offsets of weights: its table is no weight."""
+    return table_of_blocks(node) is not None
+
+
+def table_of_blocks(node: ir.Node) -> ir.Value | None:
+    """The table [K, E] of a product that `extends`, 1 where a column belongs to a block; None for any other node."""
     readers = node.outputs[0].consumers()
     if node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Concat" or len(node.inputs) != 2:
-        return False
-    table = node.inputs[1].const_value if node.inputs[1] is not None else None
-    if table is None or len(table.shape) != 2 or list(readers[0].inputs) != [node.inputs[0], node.outputs[0]]:
-        return False
+        return None
+    if list(readers[0].inputs) != [node.inputs[0], node.outputs[0]]:
+        return None
+    value = node.inputs[1]
+    cast = value.producer() if value is not None else None
+    if cast is not None and cast.op_type == "Cast":
+        value = cast.inputs[0]
+    table = value.const_value if value is not None else None
+    if table is None or len(table.shape) != 2:
+        return None
     held = table.numpy()
-    return bool(((held == 0) | (held == 1)).all() and (held.sum(axis=1) == 1).all())
+    is_member = bool(((held == 0) | (held == 1)).all() and (held.sum(axis=1) == 1).all())
+    return value if is_member else None
+
+
+def _table_behind(value: ir.Value) -> ir.Value | None:
+    """The table [K, E] of the product that puts sums of blocks behind `value`, None where none does."""
+    joined = value.producer()
+    if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 2 or joined.inputs[1] is None:
+        return None
+    sums = joined.inputs[1].producer()
+    return table_of_blocks(sums) if sums is not None else None
 
 
 def _linear(

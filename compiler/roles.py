@@ -175,7 +175,7 @@ def _split_gate_up(linears: list[Linear]) -> None:
 
     Where only one reads the activation, the layer is not gated, and it is the one that goes up (GPT-2).
     """
-    together = Counter(id(one.activation) for one in linears if one.kind == "gate_up")
+    together = Counter(id(one.source) for one in linears if one.kind == "gate_up")
     for one in linears:
         if one.kind != "gate_up":
             continue
@@ -188,7 +188,7 @@ def _split_gate_up(linears: list[Linear]) -> None:
             continue  # both halves in one matrix
         activated = any(node.op_type in _ACTIVATIONS for node in consumers)
         gated = any(node.op_type == "Mul" for node in consumers) or activated
-        one.kind = "gate" if activated and gated and together[id(one.activation)] > 1 else "up"
+        one.kind = "gate" if activated and gated and together[id(one.source)] > 1 else "up"
 
 
 def _adds_constant(node: ir.Node) -> bool:

@@ -9,7 +9,7 @@ Passes never see this: it is done as a graph is written, and undone as one is re
 
 A session has to fold constants for it, as it does unless all optimizations are disabled: at accuracy level 4 the CPU's
 kernel packs scales with the weights, and silently takes scales that are not constant for 0 (ONNX Runtime 1.31.1).
-Quantizers with `scale_bits=32` leave such scales plain.
+Quantizers with `scale_bits=32` leave scales of 4-bit codes plain, unless float16 holds them.
 
 Paper:   arXiv:2305.14314 (QLoRA, double quantization), with a unit per row and nothing lost after the codes were chosen
 Axes:    N rows, G blocks of a row

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.blocks import Block, find_blocks
 from onnxpress.compiler.genai import Cache, find_cache
-from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears
+from onnxpress.compiler.linears import Embedding, Linear, find_embeddings, find_linears, table_of_blocks
 from onnxpress.compiler.other_weights import quantized_formats
 from onnxpress.compiler.pass_ import weight_bytes
 from onnxpress.compiler.report import operators
@@ -202,7 +202,8 @@ def _work(linear: Linear) -> int:
 
 
 def _linear_parameters(linear: Linear, seen: set[int]) -> int:
-    return 0 if _is_seen(linear.weight, seen) else _work(linear)
+    """Numbers of the matrix; offsets of blocks are none of them."""
+    return 0 if _is_seen(linear.weight, seen) else _work(linear) - linear.num_out * linear.num_sums
 
 
 def _linear_tensors(linear: Linear, seen: set[int]) -> int:
@@ -252,8 +253,12 @@ def _row_bytes(embedding: Embedding) -> int:
 
 
 def _rest(model: ir.Model, blocks: list[Block], rows: Mapping[int, BlockFacts], seen: set[int]) -> KindFacts:
-    """Norms, biases and tables that no linear and no embedding holds; those of a block are added to its row."""
+    """Norms, biases and tables that no linear and no embedding holds; those of a block are added to its row.
+
+    Tables that sum up blocks of an activation are bytes, and no parameters.
+    """
     block_of = {id(node): block.index for block in blocks for node in block.nodes}
+    tables = {id(table_of_blocks(node)) for node in model.graph} - {id(None)}
     rest = KindFacts()
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -261,13 +266,14 @@ def _rest(model: ir.Model, blocks: list[Block], rows: Mapping[int, BlockFacts], 
             continue
         seen.add(id(value))
         rest.count += 1
-        rest.parameters += tensor.size
+        is_table = id(value) in tables
+        rest.parameters += 0 if is_table else tensor.size
         rest.bytes += tensor.nbytes
         owners = {block_of.get(id(node)) for node in value.consumers()}
         owner = owners.pop() if len(owners) == 1 else None
         if owner is not None:
             row = rows[owner]
-            row.parameters += tensor.size
+            row.parameters += 0 if is_table else tensor.size
             row.bytes += tensor.nbytes
             row.kinds["other"] = row.kinds.get("other", 0) + tensor.nbytes
     return rest

@@ -24,7 +24,9 @@ from onnxpress.compiler.errors import NumericalError
 Floats = npt.NDArray[Any]
 
 _DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for, until H has a Cholesky factor
-_WIDTH = 32  # columns that are swept with rank-one updates before the rest is brought up to date by one product
+# Columns that one product brings up to date with all before them; and among these, columns between which errors go
+# one by one. Wide products are quick, and rank-one updates wait for memory.
+_WIDTH, _NARROW = 32, 8
 
 
 @dataclass
@@ -171,16 +173,19 @@ def sweep(w_KN: Floats, moments: Moments, grid: Grid, *, width: int = _WIDTH) ->
         target = w_KN[order[start:stop]]
         if start:
             target += feedback[:start, start:stop].T @ error[:start]
-        for j in range(start, stop):
-            column = int(order[j])
-            t = target[j - start]
-            q = grid.step(t, column)
-            steps[column] = q
-            e = error[j]
-            np.multiply(q, grid.scale_GN[column // grid.block_size], out=e)
-            np.subtract(w_KN[column], e, out=e)
-            if j + 1 < stop:
-                target[j + 1 - start :] += feedback[j, j + 1 : stop, None] * e
+        for first in range(start, stop, _NARROW):
+            end = min(first + _NARROW, stop)
+            if first > start:
+                target[first - start : end - start] += feedback[start:first, first:end].T @ error[start:first]
+            for j in range(first, end):
+                column = int(order[j])
+                q = grid.step(target[j - start], column)
+                steps[column] = q
+                e = error[j]
+                np.multiply(q, grid.scale_GN[column // grid.block_size], out=e)
+                np.subtract(w_KN[column], e, out=e)
+                if j + 1 < end:
+                    target[j + 1 - start : end - start] += feedback[j, j + 1 : end, None] * e
     return steps
 
 
@@ -192,30 +197,36 @@ def descend(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, wid
     Returns:
         How many codes changed.
     """
-    columns = w_KN.shape[0]
+    columns, rows = w_KN.shape
     h = moments.damped_KK
     error = steps_KN * grid.spread(grid.scale_GN, columns) - w_KN  # Q - W
     changed = 0
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         gradient = h[start:stop] @ error
-        for j in range(start, stop):
-            if h[j, j] <= 0:
-                continue
-            e = error[j]
-            scale = grid.scale_GN[j // grid.block_size]
-            # Without column j the gradient is g - h_jj e; the best value of column j makes the whole zero.
-            old = steps_KN[j]
-            q = grid.step(old * scale - gradient[j - start] / h[j, j], j)
-            moved = (q - old) * scale
-            count = int(np.count_nonzero(moved))
-            if not count:
-                continue
-            changed += count
-            steps_KN[j] = q
-            e += moved
-            if j + 1 < stop:
-                gradient[j + 1 - start :] += h[j + 1 : stop, j, None] * moved
+        moves = np.zeros((stop - start, rows), np.float32)  # of the weights, from here on
+        for first in range(start, stop, _NARROW):
+            end = min(first + _NARROW, stop)
+            if first > start:
+                gradient[first - start : end - start] += h[first:end, start:first] @ moves[: first - start]
+            for j in range(first, end):
+                if h[j, j] <= 0:
+                    continue
+                scale = grid.scale_GN[j // grid.block_size]
+                # Without column j the gradient is g - h_jj e; the best value of column j makes the whole zero.
+                old = steps_KN[j]
+                q = grid.step(old * scale - gradient[j - start] / h[j, j], j)
+                moved = moves[j - start]
+                np.subtract(q, old, out=moved)
+                moved *= scale
+                count = int(np.count_nonzero(moved))
+                if not count:
+                    continue
+                changed += count
+                steps_KN[j] = q
+                if j + 1 < end:
+                    gradient[j + 1 - start : end - start] += h[j + 1 : end, j, None] * moved
+        error[start:stop] += moves
     return changed
 
 
@@ -227,15 +238,16 @@ def refit(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, ridge
     columns, rows = w_KN.shape
     b, groups = grid.block_size, grid.scale_GN.shape[0]
     h = moments.damped_KK
-    a = np.empty((groups, groups, rows), np.float32)
+    a = np.empty((groups, groups, rows), np.float32)  # symmetric in the groups
     rhs = np.empty((groups, rows), np.float32)
     starts = np.arange(0, columns, b)
     hw = h @ w_KN
     for g in range(groups):
         part = slice(g * b, min((g + 1) * b, columns))
-        product = h[:, part] @ steps_KN[part]  # [K, N]
-        product *= steps_KN
-        a[g] = np.add.reduceat(product, starts, axis=0)
+        later = slice(part.start, None)
+        product = h[later, part] @ steps_KN[part]  # [K, N] without the columns of blocks before
+        product *= steps_KN[later]
+        a[g, g:] = a[g:, g] = np.add.reduceat(product, starts[g:] - part.start, axis=0)
         rhs[g] = np.einsum("bn,bn->n", steps_KN[part], hw[part])
     a_NGG = np.ascontiguousarray(a.transpose(2, 0, 1)).astype(np.float64)
     # A ridge to the old scales; blocks whose steps are all 0 keep theirs.

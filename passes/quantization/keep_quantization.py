@@ -273,7 +273,9 @@ class KeepQuantization(Pass):
             loss, norm = loss + found.loss, norm + found.norm
             for linear in site.linears:
                 append_sums(model.graph, linear, found.matrix.num_in)
-            source = {"source_tensor": tensor, "source_type": kind} if kind else {}
+            source: dict[str, Any] = {"source_tensor": tensor, "source_type": kind} if kind else {}
+            if found.loss and found.norm:
+                source["snr_db"] = 10 * math.log10(found.norm / found.loss)
             note(report, site, found.matrix, weight_error=_relative(found.loss, found.norm), **source)
         model.graph.sort()
         report.metrics["weight_error"] = _relative(loss, norm)

@@ -158,6 +158,13 @@ def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
     kinds = ["one" if len({*row}) == 1 else "many" for row in ids]
     assert kinds == ["one", "one", "many"] * 4
     assert facts["text"] == f"384 tokens of a.txt, b.txt, {OWN}"
+    note = {"a.txt": "a" * 70, "b.txt": "b" * 9}  # the model writes what texts have too little of
+    ids, facts = CalibrationText(texts=note, own=write(directory), tokenizer=tokenizer, vocab_size=VOCABULARY).windows(
+        12 * 32, 32
+    )
+    assert [len({*row}) == 1 for row in ids].count(True) == 2
+    assert ids.shape == (12, 32)
+    assert facts["text"].endswith("left out: b.txt")
     alone, facts = CalibrationText(own=write(directory), tokenizer=tokenizer, vocab_size=VOCABULARY).windows(64, 32)
     assert np.array_equal(alone, write(directory)(64, 32))
     assert facts["text"] == f"64 tokens of {OWN}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import check
@@ -15,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxpress import models
 from onnxpress.compiler import packing, scales
+from onnxpress.compiler.inspect.summary import summarize
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.other_weights import find_other_weights
@@ -205,6 +210,8 @@ def test_the_graph_computes_with_offsets(scale_bits: int) -> None:
     report = KeepQuantization(accuracy_level=0, scale_bits=scale_bits).run(model, Context())
     assert sorted(report.changed) == sorted(weights)
     assert 0 < report.metrics["weight_error"] < 0.012
+    for row in report.ledger:
+        assert row["snr_db"] == pytest.approx(-20 * math.log10(row["weight_error"]))
     linears = {one.name: one for one in find_linears(model)}
     assert {one.num_in for name, one in linears.items() if name in weights} == {64 + offset_columns(64)}
     for name, w in weights.items():
@@ -238,9 +245,25 @@ def test_sums_are_no_weights(simplified: bool) -> None:
         Simplify().run(model, Context())
     linears = find_linears(model)
     assert len(linears) == 5
+    assert [one.num_sums for one in linears] == [*[offset_columns(64)] * 4, 0]
+    assert [one.source.name for one in linears] == [one.source.name for one in find_linears(network())]
+    assert linears[0].bits == 8 * linears[0].nbytes / (64 * 64)
+    assert summarize(model).parameters == summarize(network()).parameters
     assert not find_other_weights(model, linears, find_embeddings(model, linears))
     assert Rtn(bits=8).run(model, Context()).changed == ["head", "embedding"]
     graphs.run(model)
+
+
+@pytest.mark.parametrize("kind", ["gate", "up"])
+def test_siblings_of_which_one_has_offsets_keep_their_names(
+    tiny_export: Callable[[str, str], Path], tmp_path: Path, kind: str
+) -> None:
+    model = models.load(tiny_export("llama", "optimum"), work_dir=tmp_path).model
+    linears = find_linears(model)
+    one = next(linear for linear in linears if linear.kind == kind)
+    one.weight.const_value = ir.tensor(one.stored_form(as_type(one.w_NK(), "Q4_1")), name=one.weight.name)
+    assert KeepQuantization().run(model, Context()).changed == [one.name]
+    assert [linear.name for linear in find_linears(model)] == [linear.name for linear in linears]
 
 
 def test_a_product_beside_something_else_is_a_linear() -> None:
@@ -283,6 +306,9 @@ def test_cast_to_float16() -> None:
     model, context = network(), Context(target=TARGETS["cuda"])
     KeepQuantization().run(model, context)
     CastFloat16().run(model, context)
-    for linear in find_linears(model)[:4]:
+    plain = network()
+    KeepQuantization().run(plain, context)
+    for linear, want in zip(find_linears(model)[:4], find_linears(plain), strict=False):
         assert linear.num_in % 8 == 0
+        check.close(want.w_NK(), linear.w_NK(), tolerance=1e-3)
     graphs.session(model)
