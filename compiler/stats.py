@@ -24,7 +24,7 @@ class Stats:
     Attributes:
         num_in: K.
         count: tokens seen.
-        sum_K, abs_K, absmax_K: sum, sum of magnitudes and largest magnitude of x, float64 [K].
+        abs_K, absmax_K: sum of magnitudes and largest magnitude of x, float64 [K].
         gram_KK: sum of x x^T, float64 [K, K]; x from the compressed stream.
         drift_KK: sum of (x0 - x) x^T, float64 [K, K]; x0 from the teacher. None while both streams are the same.
     """
@@ -33,7 +33,6 @@ class Stats:
     count: int = 0
 
     def __post_init__(self) -> None:
-        self.sum_K = np.zeros(self.num_in)
         self.abs_K = np.zeros(self.num_in)
         self.absmax_K = np.zeros(self.num_in)
         self.gram_KK = np.zeros((self.num_in, self.num_in))
@@ -48,7 +47,6 @@ class Stats:
         """
         x_TK = np.ascontiguousarray(x_TK.reshape(-1, self.num_in), dtype=np.float32)
         self.count += len(x_TK)
-        self.sum_K += x_TK.sum(axis=0, dtype=np.float64)
         size_TK = np.abs(x_TK)
         self.abs_K += size_TK.sum(axis=0, dtype=np.float64)
         np.maximum(self.absmax_K, size_TK.max(axis=0, initial=0.0), out=self.absmax_K)
