@@ -148,6 +148,20 @@ def test_own_text_is_seeded_and_kept(tmp_path: Path) -> None:
     assert np.array_equal(one, write(directory, journal.section("own"))(64, 16))
 
 
+def test_own_text_is_of_the_tokenizers_tokens_and_of_this_model(tmp_path: Path) -> None:
+    directory, section = write_decoder(tmp_path / "model"), Journal(tmp_path / "journal").section("own")
+    path = directory / "model.onnx"
+    few = own_text(path, first=1, vocab_size=5, seed=0, section=Section(), track=quiet)(64, 16)
+    assert few.max() == 4, "logits beyond the vocabulary are padding"
+    one = write(directory, section)(64, 16)
+    model, size = ir.load(path), path.stat().st_size
+    head = model.graph.initializers["head"]
+    head.const_value = ir.Tensor(-head.const_value.numpy(), name="head")  # type: ignore[union-attr]
+    ir.save(model, path)
+    assert path.stat().st_size == size
+    assert not np.array_equal(one, write(directory, section)(64, 16))
+
+
 def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
     directory = write_decoder(tmp_path / "model")
     tokenizer = directory / "tokenizer.json"

@@ -70,6 +70,36 @@ def test_what_is_no_multiple_stays_as_it_is() -> None:
         assert scales.short_form(np.full((5, 9), bad, np.float32)) is None or np.isinf(bad)
 
 
+def test_a_byte_holds_127_multiples() -> None:
+    row = np.arange(1, 129, dtype=np.float32)[None]
+    assert scales.split(row[:, :127]) is not None
+    assert scales.split(row) is None
+
+
+def test_small_scales_and_those_with_other_readers_stay() -> None:
+    model = quantized(False)
+    values = [node.inputs[2] for node in model.graph if node.op_type == "MatMulNBits"]
+    sizes = sorted(
+        {value.const_value.nbytes for value in values if value is not None and value.const_value is not None}
+    )
+    with scales.shortened(model, sizes[-1]) as saved:
+        assert saved == 0
+    with scales.shortened(model, sizes[0]) as saved:
+        one = saved
+    with scales.shortened(model, 0) as saved:
+        assert saved > one > 0
+    read = values[0]
+    assert read is not None
+    model.graph.append(ir.node("Neg", [read], name="reader"))
+    with scales.shortened(model, 0):
+        assert read.const_value is not None
+        assert sum(value is not None and value.const_value is None for value in values) == 0
+        assert {node.inputs[2].producer() is None for node in model.graph if node.op_type == "MatMulNBits"} == {
+            True,
+            False,
+        }  # type: ignore[union-attr]
+
+
 def quantized(tied: bool, scale_bits: int = 8) -> ir.Model:
     builder = graphs.Builder(128, 200, 0)
     table = builder.weight(200, 128, name="table", scale=1.0)
