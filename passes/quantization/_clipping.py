@@ -14,15 +14,14 @@ Axes:    B bins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxpress.passes.quantization._columns import Floats, Range, fake_quantize
+from onnxpress.passes.quantization._columns import Floats, fake_quantize, spread
 
-Choose = Callable[[float, float], Range]  # the step and zero point of [low, high]
 Ends = tuple[float, float]
 
 BINS = 2**16  # a power of two; a thousandth of the range, where most values of a decoder lie, still has 65
@@ -102,7 +101,7 @@ def percentile(values: Histogram, share: float) -> Ends:
     return max(values.low, float(left)), min(values.high, float(right))
 
 
-def mse(values: Histogram, choose: Choose) -> Ends:
+def mse(values: Histogram) -> Ends:
     """The cut whose codes are nearest to the values in the mean of squares.
 
     Laws:   the error is no larger than without a cut, up to the width of a bin.
@@ -111,12 +110,12 @@ def mse(values: Histogram, choose: Choose) -> Ends:
     means, counts = values.means_B[is_used], values.counts_B[is_used]
 
     def error(ends: Ends) -> float:
-        return float(counts @ np.square(fake_quantize(means, choose(*ends)) - means))
+        return float(counts @ np.square(fake_quantize(means, spread(*ends)) - means))
 
     return min((values.cut(values.size * 2 ** (-step / 16)) for step in range(_MSE_CUTS)), key=error)
 
 
-def entropy(values: Histogram, choose: Choose) -> Ends:
+def entropy(values: Histogram) -> Ends:
     """The cut that keeps most of the distribution, by the Kullback-Leibler divergence.
 
     The reference has what is cut in its outermost bins; what codes stand for is spread over their bins that occur.
@@ -132,7 +131,7 @@ def entropy(values: Histogram, choose: Choose) -> Ends:
         reference = kept.copy()
         reference[0] += counts_B[: inside.start].sum()
         reference[-1] += counts_B[inside.stop :].sum()
-        chosen = choose(*values.cut(at))
+        chosen = spread(*values.cut(at))
         codes = np.clip(np.rint(means_B[inside] / chosen.scale) + chosen.zero, 0, 255).astype(np.int64)
         occurs = kept > 0
         total = np.bincount(codes, kept, 256)

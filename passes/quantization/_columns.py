@@ -14,7 +14,7 @@ Floats = npt.NDArray[Any]
 
 
 class Range(NamedTuple):
-    """Step and zero point of uint8 codes. With a zero of 128 the codes are those of int8 around 0, plus 128."""
+    """Step and zero point of uint8 codes."""
 
     scale: float
     zero: int
@@ -39,12 +39,6 @@ def spread(low: float, high: float) -> Range:
     if not scale > 0:
         return Range(1.0, 0)
     return Range(float(scale), int(np.clip(np.rint(-low / scale), 0, 255)))
-
-
-def spread_evenly(low: float, high: float) -> Range:
-    """The step of int8 codes of [low, high] around a zero point of 0: the larger end becomes 127 or -127."""
-    scale = np.float32(max(-low, high, 0.0) / 127)
-    return Range(float(scale) if scale > 0 else 1.0, 128)
 
 
 def fake_quantize(x: Floats, chosen: Range) -> Floats:

@@ -1,14 +1,14 @@
 """Stores weights as int8 per column and rounds activations to 8 bits in a range found on calibration text.
 
 A linear becomes QuantizeLinear, DequantizeLinear, MatMul: the QDQ form, which ONNX Runtime's CPU provider fuses to
-MatMulIntegerToFloat at load, one QuantizeLinear for all linears that read an activation. One scale and zero point serve
-all tokens of all prompts, so a value beyond the range is cut. A linear whose output loses more than `max_error` on the
-same text stays in float. `rtn(bits=8)` behind this pass stores those, and a tied embedding, in blocks.
+MatMulIntegerToFloat at load, or to QLinearMatMul where nothing but another such linear reads the product. Linears that
+read one activation share its QuantizeLinear. One scale and zero point serve all tokens of all prompts, so a value
+beyond the range is cut. A linear whose output loses more than `max_error` on the same text stays in float.
+`rtn(bits=8)` behind this pass stores those, and a tied embedding, in blocks.
 
-Activations are uint8 with a zero point. `symmetric=True` gives int8 around 0, which other runtimes ask for (TensorRT
-reads no zero points); it costs a bit where an activation has one sign. ONNX Runtime runs both with the same kernel.
-Processors with AVX2 or AVX-512 but without VNNI add pairs of products in 16 bits, which can saturate; the session
-option `session.x64quantprecision` avoids that there.
+Activations are uint8: of int8 ones, ONNX Runtime leaves products that share an activation in float on x86 (1.31).
+TensorRT reads int8 without zero points only, so this is not its form. Processors with AVX2 or AVX-512 but without VNNI
+add pairs of products in 16 bits, which can saturate; the session option `session.x64quantprecision` avoids that there.
 
 Paper:   arXiv:1712.05877 (integer-only inference); ranges: arXiv:2004.09602
 Differs: the sum of a product stays in float, and so does its bias.
@@ -30,8 +30,8 @@ from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.quantization._activations import RoundedActivations, Rounding
-from onnxpress.passes.quantization._clipping import Choose, Ends, Histogram, count, entropy, mse, percentile
-from onnxpress.passes.quantization._columns import Floats, fake_quantize, spread, spread_evenly
+from onnxpress.passes.quantization._clipping import Ends, Histogram, count, entropy, mse, percentile
+from onnxpress.passes.quantization._columns import Floats, fake_quantize, spread
 from onnxpress.passes.quantization._stored_linears import add, become
 
 _AXIS_OPSET = 13  # from which on DequantizeLinear has scales per column
@@ -47,7 +47,6 @@ class StaticInt8(RoundedActivations):
 
     calibrator: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"  # what is cut
     percentile: float = 99.99  # percent of the values that calibrator="percentile" leaves whole
-    symmetric: bool = False  # int8 codes of activations around 0 instead of uint8 ones with a zero point
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,28 +79,23 @@ class StaticInt8(RoundedActivations):
         values = count(windows)
         if not values.counts_B.any():
             return _no_range(values)
-        chosen = self._choose(*self._ends(values))
-        zero = chosen.zero - 128 if self.symmetric else chosen.zero
-        facts = {"activation_scale": chosen.scale, "activation_zero": zero}
+        chosen = spread(*self._ends(values))
+        facts = {"activation_scale": chosen.scale, "activation_zero": chosen.zero}
         return Rounding(lambda x_TK: fake_quantize(x_TK, chosen), facts)
-
-    @property
-    def _choose(self) -> Choose:
-        return spread_evenly if self.symmetric else spread
 
     def _ends(self, values: Histogram) -> Ends:
         if self.calibrator == "percentile":
             return percentile(values, self.percentile)
         if self.calibrator == "minmax":
             return values.low, values.high
-        return (mse if self.calibrator == "mse" else entropy)(values, self._choose)
+        return (mse if self.calibrator == "mse" else entropy)(values)
 
     def put(self, linear: Linear, values: dict[str, ir.Value], facts: dict[str, Any]) -> None:
         activation, bias, name = linear.node.inputs[0], linear.bias, linear.node.name
         assert activation is not None
-        code_type = np.int8 if self.symmetric else np.uint8
-        scale, zero = np.float32(facts["activation_scale"]), np.array(facts["activation_zero"], code_type)
-        rounded = _rounded(linear, activation, ir.Tensor(np.array(scale)), ir.Tensor(zero))
+        scale = ir.Tensor(np.array(facts["activation_scale"], np.float32))
+        zero = ir.Tensor(np.array(facts["activation_zero"], np.uint8))
+        rounded = _rounded(linear, activation, scale, zero)
         turned = ir.node("DequantizeLinear", [*values.values()], {"axis": 1}, name=f"{name}/weight")
         product = ir.node("MatMul", [rounded, turned.outputs[0]], name=name)
         nodes = [turned, product]
