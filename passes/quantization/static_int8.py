@@ -26,13 +26,14 @@ import onnx_ir as ir
 
 from onnxpress.compiler import formats
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import OptionError, StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.quantization._activations import RoundedActivations, Rounding
 from onnxpress.passes.quantization._clipping import Ends, Histogram, count, entropy, mse, percentile
 from onnxpress.passes.quantization._columns import Floats, fake_quantize, spread
 from onnxpress.passes.quantization._stored_linears import add, become
+from onnxpress.passes.quantization._weight_only import require_text
 
 _AXIS_OPSET = 13  # from which on DequantizeLinear has scales per column
 
@@ -47,6 +48,7 @@ class StaticInt8(RoundedActivations):
 
     calibrator: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"  # what is cut
     percentile: float = 99.99  # percent of the values that calibrator="percentile" leaves whole
+    fallback: bool = False  # leave a model as it is, and say so, that no text can be streamed through
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +74,16 @@ class StaticInt8(RoundedActivations):
     ) -> dict[int, dict[str, Any]]:
         if not linears:
             return {}
-        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
-        return self.measure(model, linears, feeds(model.graph, ids_WS), context, report)
+        try:
+            if self.fallback:
+                require_text(model, context)
+            ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
+            return self.measure(model, linears, feeds(model.graph, ids_WS), context, report)
+        except (StreamingError, UnsupportedModelError) as error:
+            if not self.fallback:
+                raise
+            report.skip("all of it", error.message)
+            return {}
 
     def rounding(self, windows: Sequence[Floats]) -> Rounding | str:
         values = count(windows)

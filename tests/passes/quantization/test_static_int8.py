@@ -27,6 +27,7 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
+from onnxpress.passes import recipes
 from onnxpress.passes.quantization._clipping import Histogram, count, entropy, mse, percentile
 from onnxpress.passes.quantization._columns import fake_quantize, round_columns, spread
 from onnxpress.passes.quantization.rtn import Rtn
@@ -377,8 +378,12 @@ def test_a_model_without_text_is_refused() -> None:
     node = ir.node("MatMul", [x, w], name="product")
     node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 18}, name="g")
+    model = ir.Model(graph, ir_version=9)
     with pytest.raises(CalibrationError, match="calibration text gives token ids only"):
-        StaticInt8().run(ir.Model(graph, ir_version=9), context())
+        StaticInt8().run(model, context())
+    report = StaticInt8(fallback=True).run(model, context())
+    assert [skip.site for skip in report.skipped] == ["all of it"]
+    assert ops(model) == ["MatMul"]
 
 
 def test_options_are_text() -> None:
@@ -407,3 +412,12 @@ def test_a_decoder_generates(tmp_path: Path) -> None:
     assert made.report["quality"]["kl"] < 0.01
     options = {"max_new_tokens": 8, "temperature": 0.0}
     assert len(runtime.load(tmp_path / "small").generate("abc", **options).tokens) > 0
+
+
+def test_the_recipe_joins_matrices_before_it_rounds_them(tmp_path: Path) -> None:
+    plain = write_decoder(tmp_path / "plain")
+    made = optimize(plain, output=tmp_path / "small", recipe="w8a8", verify=True)
+    found = made.report["operators"]
+    assert (found["QuantizeLinear"], found["MatMul"]) == (9, 9)  # of 2 blocks: qkv, output, gate and up, down; the head
+    assert made.report["quality"]["kl"] < 0.01
+    assert recipes.w8a8(TARGETS["cuda"]) == recipes.int8(TARGETS["cuda"])
