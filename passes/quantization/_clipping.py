@@ -28,7 +28,7 @@ BINS = 2**16  # a power of two; a thousandth of the range, where most values of 
 _MSE_CUTS = 128  # each narrower by 2^(1/16); the narrowest is 1/245 of the widest
 _ENTROPY_BINS = 2**12  # TensorRT's: 2048 of magnitudes
 _ENTROPY_CUTS = 128  # from the whole range down in equal steps of 16 bins a side
-_NARROWEST = 8  # of them: 128 bins a side; with a bin per code any distribution is met
+_NARROWEST = 8  # of them: 128 bins a side; with a bin per code any distribution is met, so that less gains nothing
 _EMPTY = 1e-4  # count of a bin that the codes' distribution leaves empty, so that the divergence is finite
 
 

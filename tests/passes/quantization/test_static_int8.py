@@ -131,6 +131,11 @@ def test_law_minmax_covers_every_value(seed: int) -> None:
     assert np.abs(rounding.apply(everything) - everything).max() <= rounding.facts["activation_scale"] * 1.001
 
 
+def test_a_bin_knows_the_mean_of_its_values() -> None:
+    found = count([np.array([[0.3, -0.1, 0.3]])])
+    assert sorted(found.means_B[found.counts_B > 0]) == pytest.approx([-0.1, 0.3], rel=1e-9)
+
+
 @few
 @given(seeds, st.floats(90, 99.99))
 def test_law_a_percentile_is_that_of_the_sorted_values(seed: int, share: float) -> None:
@@ -278,6 +283,15 @@ def test_linears_that_read_one_activation_share_one_quantizer() -> None:
     graphs.run(model, {"input_ids": ids_of(8, 8)})
 
 
+def test_a_quantizer_of_another_range_is_not_shared() -> None:
+    w = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
+    model = looked_up(table_of(0), w, w.copy())
+    narrow = StaticInt8(exclude=("head",), calibrator="percentile", percentile=90.0, max_error=1e6)
+    assert narrow.run(model, context()).changed == ["head.2"]
+    assert StaticInt8().run(model, context()).changed == ["head"]
+    assert ops(model).count("QuantizeLinear") == 2
+
+
 def test_a_weight_that_two_linears_read_is_stored_once() -> None:
     model = network("linear", "linear")
     first, second = find_linears(model)[:2]
@@ -384,6 +398,23 @@ def test_a_model_without_text_is_refused() -> None:
     report = StaticInt8(fallback=True).run(model, context())
     assert [skip.site for skip in report.skipped] == ["all of it"]
     assert ops(model) == ["MatMul"]
+
+
+def test_the_calibrator_that_is_asked_for_chooses() -> None:
+    windows = [np.random.default_rng(0).standard_normal(200_000).astype(np.float32)]
+    windows[0][0] = 30
+    found = count(windows)
+    ends = {
+        "minmax": (found.low, found.high),
+        "percentile": percentile(found, 99.99),
+        "mse": mse(found),
+        "entropy": entropy(found),
+    }
+    assert len(set(ends.values())) == 4
+    for calibrator, wanted in ends.items():
+        rounding = StaticInt8(calibrator=calibrator).rounding(windows)  # type: ignore[arg-type]
+        assert not isinstance(rounding, str)
+        assert tuple(rounding.facts.values()) == spread(*wanted)
 
 
 def test_options_are_text() -> None:
