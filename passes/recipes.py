@@ -84,7 +84,7 @@ def w8a8(target: Target) -> tuple[Pass, ...]:
     if target.provider == "cuda":
         return int8(target)
     # Packed first: a product that has its codes cannot be joined to another.
-    activations = StaticInt8(fallback=True)
+    activations = StaticInt8(calibrator="entropy", max_error=0.05, fallback=True)
     return (*fuse(target), Smooth(fallback=True), *pack(target), activations, Rtn(bits=8, block_size=32))
 
 
