@@ -27,10 +27,11 @@ from onnxpress.passes.quantization.gptq import Gptq
 from onnxpress.passes.quantization.quantize_kv import QuantizeKv
 from onnxpress.passes.quantization.rtn import Rtn
 from onnxpress.passes.quantization.smooth import Smooth
+from onnxpress.passes.quantization.static_int8 import StaticInt8
 
 Overrides = dict[str, dict[str, int | bool | str]]
 
-__all__ = ["fp32", "fuse", "int4", "int4_fast", "int4_rtn", "int4_small", "int8", "kv8", "pack"]
+__all__ = ["fp32", "fuse", "int4", "int4_fast", "int4_rtn", "int4_small", "int8", "kv8", "pack", "w8a8"]
 
 
 def fuse(target: Target) -> tuple[Pass, ...]:
@@ -73,6 +74,20 @@ def int8(target: Target) -> tuple[Pass, ...]:
     if target.provider == "cuda":  # activations stay floats there
         return (*fuse(target), rtn, *pack(target))
     return (*fuse(target), Smooth(granularity="block", fallback=True), rtn, *pack(target))
+
+
+def w8a8(target: Target) -> tuple[Pass, ...]:
+    """Weights and activations in 8 bits, multiplied as integers: quick at long prompts, less exact than `int8`.
+
+    On CUDA, where ONNX Runtime has no such product of floats, the same as `int8`.
+    """
+    if target.provider == "cuda":
+        return int8(target)
+    # Packed first: a product that has its codes cannot be joined to another. Attention of encoders stays apart, or its
+    # projections were no products any more.
+    packed = PackQkv(), PackGateUp()
+    activations = StaticInt8(calibrator="entropy", max_error=0.05, fallback=True)
+    return (*fuse(target), Smooth(fallback=True), *packed, activations, Rtn(bits=8, block_size=32))
 
 
 def kv8(target: Target) -> tuple[Pass, ...]:

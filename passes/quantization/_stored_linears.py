@@ -63,7 +63,7 @@ class StoredLinears(Pass):
                     continue
                 tensors = self.encode(w_NK, dtype_of(linear))
                 values = {what: add(model.graph, f"{linear.name}.{what}", one) for what, one in tensors.items()}
-                self.put(linear, values)
+                self.put(linear, values, ready[id(linear)])
                 lost = float(np.square(linear.w_NK() - w_NK, dtype=np.float64).sum())
                 energy = float(np.square(w_NK, dtype=np.float64).sum())
                 kept[key] = (
@@ -76,7 +76,7 @@ class StoredLinears(Pass):
                 loss, norm = loss + lost, norm + energy
                 weights, nbytes = weights + w_NK.size, nbytes + linear.nbytes
             else:
-                self.put(linear, kept[key][0])
+                self.put(linear, kept[key][0], ready[id(linear)])
             errors = {**kept[key][1], **ready[id(linear)]}
             facts = {"kind": linear.kind, "shape": list(linear.shape), "bits": self.bits_of_codes}
             report.change(
@@ -115,8 +115,13 @@ class StoredLinears(Pass):
         """Those of the operator."""
         return {}
 
-    def put(self, linear: Linear, values: dict[str, ir.Value]) -> None:
-        """Lets the operator compute in the place of the linear, and `linear` describe it."""
+    def put(self, linear: Linear, values: dict[str, ir.Value], facts: dict[str, Any]) -> None:
+        """Lets the operator compute in the place of the linear, and `linear` describe it.
+
+        Args:
+            values: what `encode` made, as initializers.
+            facts: what `prepare` found of this linear.
+        """
         replace_with(linear, self.operator, values, self.attributes(linear))
 
     def choose(self, model: ir.Model, report: Report) -> list[Linear]:

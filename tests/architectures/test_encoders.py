@@ -92,7 +92,7 @@ def test_encoder(
     assert all(difference <= TOLERANCE for difference in differences.values()), differences
 
 
-@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4-rtn", 0.97)])
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.9995), ("int4-rtn", 0.97), ("w8a8", 0.999)])
 def test_quantized_encoders_stay_near(big_tiny_export: Export, tmp_path: Path, recipe: str, least: float) -> None:
     artifact = optimize(big_tiny_export("bert", "optimum"), output=tmp_path / recipe, recipe=recipe)
     quality = artifact.report["quality"]
