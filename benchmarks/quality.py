@@ -43,6 +43,8 @@ PIPELINES = {
     # What the file holds, not rounded again.
     "kept": "fuse, keep_quantization, pack",
     "kept, float activations": "fuse, keep_quantization(accuracy_level=0), pack",
+    "kept, float activations and head": "fuse,"
+    " keep_quantization(accuracy_level=0, exclude=('head', 'embedding')), pack",
     "kept, steps in a byte": "fuse, keep_quantization(scale_bits=8), pack",
     "kept, head in 4 bits": "fuse, keep_quantization(scale_bits=8, exclude=('head', 'embedding')),"
     " gptq(block_size=64, symmetric=False), pack",
