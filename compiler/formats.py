@@ -3,6 +3,8 @@
     DynamicQuantizeMatMul            int8 per column; activations are rounded to uint8 when they are known. CPU only
     DequantizeLinear+MatMul          (QDQ) int8 per column; activations are rounded to uint8 in a range fixed beforehand
     MatMulBnb4                       4 bits, of a table of 16 levels (NF4 or FP4), blocks along the flattened rows
+    MatMulBlockQuantizedFp8Weight    8-bit floats (e4m3) in blocks of a row, a float32 scale each. CUDA only
+    MatMulBlockQuantizedFp4Weight    (NVFP4) 4-bit floats (e2m1), e4m3 scales and one for all. CUDA only
 
 The functions that give a matrix back are what tests hold ONNX Runtime's kernels against.
 
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -22,6 +25,7 @@ import onnx_ir as ir
 Float2D = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
+FP8_WEIGHT, FP4_WEIGHT = "MatMulBlockQuantizedFp8Weight", "MatMulBlockQuantizedFp4Weight"
 QDQ = "DequantizeLinear+MatMul"
 
 # Levels of NF4, arXiv:2305.14314, appendix E: equally likely values of a normal distribution, 0 among them.
@@ -74,6 +78,11 @@ def stored(node: ir.Node) -> Stored | None:
         return None  # a stack of matrices
     if node.op_type == "MatMulBnb4":
         shape = integer(node, "N"), integer(node, "K")
+    elif node.op_type in (FP8_WEIGHT, FP4_WEIGHT):
+        if len(_sizes(values[0])) != 2 or values[-1] is None:
+            return None
+        rows, columns = _sizes(values[0])
+        shape = rows, columns if node.op_type == FP8_WEIGHT else 2 * columns
     else:
         columns, rows = _sizes(values[0])
         shape = rows, columns
@@ -130,6 +139,42 @@ def _read_bnb4(node: ir.Node) -> Float2D:
     return flat[: rows * columns].reshape(rows, columns)
 
 
+def blocks_matrix(values_NK: Float2D, scale_NG: npt.NDArray[Any], block: int) -> Float2D:
+    """values times the scale of their block, float32 [N, K].
+
+    Args:
+        values_NK: float32; what the codes stand for.
+        scale_NG: of each block of a row; the last may be shorter, G = ceil(K / block).
+        block: weights that share a scale.
+    """
+    scale_NK = np.repeat(scale_NG.astype(np.float32), block, axis=1)[:, : values_NK.shape[1]]
+    return np.asarray(values_NK * scale_NK, np.float32)
+
+
+def _read_fp8(node: ir.Node) -> Float2D:
+    return blocks_matrix(_array(node, 1).astype(np.float32), _array(node, 2), integer(node, "block_size", 128))
+
+
+def fp4_matrix(packed: Codes, scale_NG: Codes, scale_of_all: float, block: int) -> Float2D:
+    """The matrix of MatMulBlockQuantizedFp4Weight, float32 [N, K].
+
+    Args:
+        packed: uint8 [N, K / 2], two e2m1 values a byte, the first in the low nibble.
+        scale_NG: uint8, the bytes of e4m3 scales.
+        scale_of_all: of the whole matrix.
+        block: weights that share a scale.
+    """
+    codes_NK = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    values_NK = codes_NK.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    scale = scale_NG.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(scale_of_all)
+    return blocks_matrix(values_NK, scale, block)
+
+
+def _read_fp4(node: ir.Node) -> Float2D:
+    scale_of_all = float(_array(node, 3).reshape(-1)[0])
+    return fp4_matrix(_array(node, 1), _array(node, 2), scale_of_all, integer(node, "block_size", 16))
+
+
 def _read_columns(node: ir.Node) -> Float2D:
     return columns_matrix(_array(node, 1), _array(node, 2), _array(node, 3) if _input(node, 3) is not None else None)
 
@@ -156,6 +201,10 @@ def float_type(node: ir.Node) -> ir.DataType:
         scale = node.inputs[2]
         assert scale is not None
         return scale.dtype or ir.DataType.FLOAT
+    if node.op_type in (FP8_WEIGHT, FP4_WEIGHT):
+        # Its scales are float32 whatever the activation is, which a graph of others need not declare.
+        known = [value.dtype for value in (node.inputs[0], node.outputs[0]) if value is not None]
+        return next((one for one in known if one is not None), ir.DataType.FLOAT16)
     return ir.DataType.FLOAT
 
 
@@ -173,7 +222,16 @@ OPERATORS = {
         lambda node: f"{('FP4', 'NF4')[integer(node, 'quant_type')]} in blocks of {integer(node, 'block_size')}",
         _read_bnb4,
     ),
+    FP8_WEIGHT: _Operator((1, 2), 4, lambda node: _fp8_text(node), _read_fp8),
+    FP4_WEIGHT: _Operator(
+        (1, 2, 3), 5, lambda node: f"NVFP4 in blocks of {integer(node, 'block_size', 16)}", _read_fp4
+    ),
 }
+
+
+def _fp8_text(node: ir.Node) -> str:
+    activations = "" if _input(node, 3) is None else ", activations too"
+    return f"e4m3 in blocks of {integer(node, 'block_size', 128)}{activations}"
 
 
 def _input(node: ir.Node, slot: int) -> ir.Value | None:
