@@ -127,7 +127,14 @@ def _until(texts: Iterable[str], limit: int) -> Iterable[str]:
 
 
 def own_text(
-    model_path: Path, *, first: int | None, vocab_size: int, seed: int, section: Section, track: Tracker
+    model_path: Path,
+    *,
+    first: int | None,
+    vocab_size: int,
+    seed: int,
+    section: Section,
+    track: Tracker,
+    shapes: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[int, int], Ids]:
     """`write(num_tokens, length)`: token ids [W, S] of texts that the model itself makes up, S at most 256.
 
@@ -142,9 +149,10 @@ def own_text(
         seed: of the random numbers.
         section: keeps what was written, for a run that is killed.
         track: progress.
+        shapes: of the graph's inputs by name, where more is known than the file declares.
 
     Raises:
-        CalibrationError: by `write`, the model is no decoder.
+        CalibrationError: by `write`, the model is no decoder, or does not run.
     """
 
     def write(num_tokens: int, length: int) -> Ids:
@@ -153,7 +161,16 @@ def own_text(
         unit, digest = f"{count}x{length}", f"{seed} {first} {vocab_size} {_beginnings(model_path)}"
         record = section.read(unit, digest)
         if record is None:
-            record = {"ids": _written(Probe(model_path, optimized=True), count, length, first, vocab_size, seed, track)}
+            try:
+                probe = Probe(model_path, optimized=True, shapes=shapes)
+                record = {"ids": _written(probe, count, length, first, vocab_size, seed, track)}
+            except CalibrationError:
+                raise
+            except Exception as error:  # ORT has one exception type per C++ code
+                raise CalibrationError(
+                    f"calibration: the model cannot write text of its own: {first_line(error)}",
+                    hint="give a text file, or --calibration english",
+                ) from error
             section.write(unit, digest, record)
         ids_WS: Ids = record["ids"]
         return ids_WS

@@ -258,6 +258,11 @@ def _own_text(source: models.Source, context: Context) -> Callable[[int, int], n
         seed=context.seed,
         section=context.journal.section("own text", source.name),
         track=context.track,
+        shapes={
+            value.name: [size if isinstance(size, int) else None for size in value.shape]
+            for value in source.model.graph.inputs
+            if value.name is not None and value.shape is not None
+        },
     )
 
 

@@ -70,6 +70,7 @@ class Probe:
         threads: int = 0,
         prepacked: bool = True,
         folder: Path | None = None,
+        shapes: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Loads a model.
 
@@ -80,6 +81,7 @@ class Probe:
             prepacked: copy weights into the layout that the kernels like; without it float weights stay mapped from
                 the file, which is slower per call and needs hardly any memory.
             folder: where the files with the weights lie, for a model that is given as bytes.
+            shapes: of inputs by name, where more is known than the file declares.
         """
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
@@ -95,6 +97,7 @@ class Probe:
         self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
+        self._shapes = shapes or {}
 
     @property
     def is_language_model(self) -> bool:
@@ -129,7 +132,7 @@ class Probe:
             elif name in step.cache:
                 feeds[name] = step.cache[name]
             elif "past" in name and not _is_of_encoder(value):
-                feeds[name] = np.zeros(_fill(value.shape, {0: batch}, 0), _TYPES[value.type])
+                feeds[name] = np.zeros(_fill(self._shapes.get(name, value.shape), {0: batch}, 0), _TYPES[value.type])
             else:
                 feeds[name] = _random(name, value, sizes={"batch": batch})
         return feeds

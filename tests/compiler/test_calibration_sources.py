@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +164,23 @@ def test_own_text_is_of_the_tokenizers_tokens_and_of_this_model(tmp_path: Path) 
     (size, one), (other, two) = found
     assert size == other
     assert not np.array_equal(one, two)
+
+
+def test_the_file_need_not_say_how_large_heads_are(tmp_path: Path) -> None:
+    directory = write_decoder(tmp_path / "model")
+    want = write(directory)(64, 16)
+    model = ir.load(directory / "model.onnx")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and len(value.shape) == 4:
+            value.shape = ir.Shape([*value.shape[:3], "head_size"])
+    ir.save(model, directory / "model.onnx")
+    with pytest.raises(CalibrationError, match="cannot write text of its own") as caught:
+        write(directory)(64, 16)
+    assert "english" in (caught.value.hint or "")
+    made = optimize(directory, output=tmp_path / "made", passes="gptq(tokens=64, length=16, block_size=16)")
+    row = next(one for one in made.report["passes"] if one["pass"].startswith("gptq"))
+    assert row["calibration"]["text"] == f"64 tokens of {OWN}"
+    assert row["calibration"]["sha256"] == hashlib.sha256(want.tobytes()).hexdigest()
 
 
 def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
