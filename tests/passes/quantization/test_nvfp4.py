@@ -18,7 +18,8 @@ LEVELS = np.unique([*LEVELS, *-LEVELS])
 
 def read(w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The matrix, and the step of each block."""
-    packed, scale_NG, of_all = round_nvfp4(w_NK)
+    with np.errstate(divide="raise", invalid="raise"):
+        packed, scale_NG, of_all = round_nvfp4(w_NK)
     assert packed.shape == (len(w_NK), w_NK.shape[1] // 2)
     assert (packed.dtype, scale_NG.dtype) == (np.uint8, np.uint8)
     step_NG = scale_NG.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * of_all
