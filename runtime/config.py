@@ -44,6 +44,11 @@ def find_model(path: str | Path) -> Path:
             f"{path}: expected a model directory or an .onnx file, found nothing",
             hint="check the path; checkpoints and zoo names become ONNX by `onnxpress export NAME -o DIR`",
         )
+    if path.is_file() and path.suffix.lower() in (".gguf", ".safetensors"):
+        raise BadModelFileError(
+            f"{path}: expected an .onnx file, got a {path.suffix} file",
+            hint="checkpoints and GGUF files become ONNX by `onnxpress export NAME -o DIR`, or by `optimize`",
+        )
     if path.is_file():
         return path
     genai = read_json(path / "genai_config.json")

@@ -27,6 +27,7 @@ def self_attention(
     mask_filter_value: float | None = None,
     reads: str = "",
     shared: bool = False,
+    one_bias: bool = False,
     dtype: ir.DataType = ir.DataType.FLOAT,
     seed: int = 0,
 ) -> ir.Model:
@@ -41,6 +42,7 @@ def self_attention(
         scale, unidirectional, mask_filter_value: its attributes, where given.
         reads: an operator that reads the keys too, its result an output.
         shared: another product reads the matrix of the queries too.
+        one_bias: all projections add the same vector.
         dtype: of all floats.
     """
     if value_width == K:
@@ -58,7 +60,8 @@ def self_attention(
             continue
         value = builder.op("MatMul", source, builder.weight(K, size), width=size)
         if kind in biases:
-            value = builder.op("Add", value, builder.weight(size), width=size)
+            bias = next((one for one in builder.weights if one_bias and one.shape == [size]), None)
+            value = builder.op("Add", value, builder.weight(size) if bias is None else bias, width=size)
         streams.append(value)
     operands: list[ir.Value | None] = [*streams, *[None] * 5]
     more = {

@@ -66,7 +66,7 @@ def _obstacle(node: ir.Node, found: Sequence[Projection]) -> str | None:
     activation, types = found[0].activation, {one.dtype for part in found for one in part.weights}
     if types != {ir.DataType.FLOAT} or activation is None or activation.shape is None or len(activation.shape) != 3:
         return "not float32 [batch, sequence, width]"
-    stored = [value for one in found for value in (*one.weights, one.bias) if value is not None]
+    stored = [value for one in found for value in one.weights]  # biases are small, and often one vector of zeros
     if any(len(value.uses()) != 1 or value.is_graph_output() for value in stored):
         return "other nodes read a weight too: joined, it would be stored twice"
     for one in found:

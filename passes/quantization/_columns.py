@@ -29,7 +29,8 @@ def round_columns(w_NK: Floats) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.fl
     # The reciprocal of a subnormal number is infinite.
     scale_N = np.where(scale_N < np.finfo(np.float32).tiny, np.float32(1), scale_N)
     codes_NK = np.rint(w_NK / scale_N[:, None])
-    return np.ascontiguousarray(np.clip(codes_NK, -127, 127).astype(np.int8).T), scale_N
+    with np.errstate(invalid="ignore"):  # of weights that are not finite, which callers see in the errors
+        return np.ascontiguousarray(np.clip(codes_NK, -127, 127).astype(np.int8).T), scale_N
 
 
 def spread(low: float, high: float) -> Range:

@@ -83,6 +83,7 @@ class StaticInt8(RoundedActivations):
             if not self.fallback:
                 raise
             report.skip("all of it", error.message)
+            report.notes.append(f"{self.name()}: activations are not rounded: {error.message}")
             return {}
 
     def rounding(self, windows: Sequence[Floats]) -> Rounding | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,13 @@ def test_broken_json_is_one_line(tmp_path):
         read_config(tmp_path)
     with pytest.raises(BadModelFileError, match="found nothing"):
         find_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
+def test_weights_of_other_formats_are_told_how_they_become_onnx(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(
+        BadModelFileError, match=f"expected an .onnx file, got a .{name.partition('.')[2]} file"
+    ) as caught:
+        find_model(tmp_path / name)
+    assert "onnxpress export" in (caught.value.hint or "")
