@@ -3,15 +3,13 @@
 `dtype="bfloat16"` does the same with float32's range and eight bits of precision; ONNX Runtime has such kernels on CUDA
 alone. What is said of float16 here holds for it, with its own range.
 
-A float32 value is one of four kinds, told apart by where it comes from:
+A float32 value is one of three kinds, told apart by where it comes from:
 
 * activations: what graph inputs of type float, embedding rows and products with weights flow into. They become float16,
   and with them every Cast to float32 that an exporter wrote around norms and softmax.
 * position data: float values computed from integers alone (rotary angles, masks). Angles of position 30,000 have no
   meaning in float16, so these nodes stay in float32, and one Cast follows where an activation meets them; what lies
   beyond float16's range (the -3.4e38 of a mask) is clipped there, not turned into an infinity.
-* activations that come near the end of float16's range on text (massive activations, arXiv:2402.17762): what makes and
-  what reads them is computed in float32, an island between two Casts.
 * statistics of an unfused norm (Pow, ReduceMean, Sqrt and what combines them): a square overflows at 256, so the norm
   is computed in float32 between two Casts. Fused norms do so inside their kernels.
 """
@@ -19,7 +17,7 @@ A float32 value is one of four kinds, told apart by where it comes from:
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,10 +28,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxpress.compiler.errors import PreconditionError, StreamingError, UnsupportedModelError
+from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
-from onnxpress.passes.quantization._overflow import largest_magnitudes
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 LARGEST = {HALF: 65504.0, BFLOAT: float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
@@ -49,7 +46,6 @@ _FLOAT32_OUTPUTS = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInt
 _TYPE_FROM = {"Where": 1, "GatherBlockQuantized": 2, "DequantizeLinear": 1}
 _INTEGER_OUTPUTS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero")
 _TRUTH_OUTPUTS = ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN")
-_NO_FLOAT32_ON_CUDA = ("GroupQueryAttention",)
 _VIEWS = ("Transpose", "Reshape", "Identity", "Slice", "Split", "Unsqueeze", "Squeeze", "Cast")
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits")
 
@@ -75,12 +71,6 @@ class CastFloat16(Pass):
     promise: ClassVar[Promise] = Promise.LOSSY
 
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for large activations; runs on CUDA alone
-    islands: bool = True  # float32 where values exceed `headroom` of float16's range on text; bfloat16 needs none
-    headroom: float = 0.25  # share of the range: other text than that may go further
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(0 < self.headroom <= 1, "headroom", "above 0, and 1 at most", "0.25 leaves a factor of 4")
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -97,48 +87,9 @@ class CastFloat16(Pass):
         if any(node.op_type == "Constant" for node in graph):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             types = _types(graph)
-        roles = _roles(graph, types, half)
-        large = self._large(model, types, roles, context, report) if half == HALF and self.islands else set()
-        _Caster(graph, types, roles, report, half, large).run()
+        _Caster(graph, types, _roles(graph, types, half), report, half).run()
         graph.sort()
         return report
-
-    def _large(
-        self, model: ir.Model, types: dict[int, ir.DataType | None], roles: _Roles, context: Context, report: Report
-    ) -> set[int]:
-        """Values that come too near the end of the range; what makes and reads them becomes one of the statistics."""
-        halves = [node for node in model.graph if roles.is_half(node) and node.op_type != "Cast"]
-        masks = _far_reaching(model.graph, roles.activations, LARGEST[HALF])
-        values = [
-            value
-            for node in halves
-            if not any(one is not None and id(one) in masks for one in node.inputs)  # scores that a mask hides
-            for value in node.outputs
-            if types.get(id(value)) == FLOAT
-        ]
-        if not values:
-            return set()
-        try:
-            reached = largest_magnitudes(model, values, context)
-        except (StreamingError, UnsupportedModelError) as error:
-            report.notes.append(f"float16 may overflow: not looked at text, for {error.message}")
-            return set()
-        limit = self.headroom * LARGEST[HALF]
-        # What is infinite in float32 is so in float16 too.
-        large = {key: largest for key, largest in reached.items() if limit < largest < np.inf}
-        for node in halves:
-            made = [large[id(value)] for value in node.outputs if id(value) in large]
-            read = [large[id(value)] for value in node.inputs if value is not None and id(value) in large]
-            if not made and not read:
-                continue
-            site = node.name or node.outputs[0].name or node.op_type
-            how = f"values reach {max(made + read):.3g} on text"
-            if context.target.provider == "cuda" and node.op_type in _NO_FLOAT32_ON_CUDA:
-                report.skip(site, f"{how}, but CUDA has no {node.op_type} in float32: they may overflow")
-                continue
-            roles.statistics.add(id(node))
-            report.skip(site, f"computed in float32: {how}")
-        return set(large)
 
 
 @dataclass
@@ -269,10 +220,8 @@ class _Caster:
         roles: _Roles,
         report: Report,
         half: ir.DataType,
-        large: Collection[int] = (),
     ) -> None:
         self.graph, self.types, self.roles, self.report, self.half = graph, types, roles, report, half
-        self.large = large  # activations that would become infinite
         self.largest = LARGEST[half]
         self.made: dict[tuple[int, ir.DataType], ir.Value] = {}
         self.squared_error = self.squared_norm = 0.0
@@ -280,7 +229,7 @@ class _Caster:
     def run(self) -> None:
         """Converts inputs, nodes and constants, then ties float32 and float16 parts together with Casts."""
         nodes = list(self.graph)
-        wide = _far_reaching(self.graph, self.roles.activations, self.largest) | set(self.large)
+        wide = self._far_reaching(nodes)
         for value in self.graph.inputs:
             if self.types[id(value)] == FLOAT and value.const_value is None:
                 self._retype(value)
@@ -297,6 +246,28 @@ class _Caster:
                 self.report.skip(f"output {value.name}", "computed in float32")
         if self.squared_norm:
             self.report.metrics["weight_error"] = float(np.sqrt(self.squared_error / self.squared_norm))
+
+    def _far_reaching(self, nodes: Iterable[ir.Node]) -> set[int]:
+        """Position values that a constant beyond float16's range flows into."""
+        wide: set[int] = set()
+        for value in self.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype == FLOAT and tensor.size <= 1 << 16:
+                array = tensor.numpy()
+                if _beyond(array, self.largest):
+                    wide.add(id(value))
+        for node in nodes:
+            if id(node) in self.roles.activations:
+                continue
+            fill = node.attributes.get("value")
+            is_wide = (
+                node.op_type == "ConstantOfShape"
+                and fill is not None
+                and _beyond(fill.as_tensor().numpy(), self.largest)
+            )
+            if is_wide or any(value is not None and id(value) in wide for value in node.inputs):
+                wide.update(id(value) for value in node.outputs)
+        return wide
 
     def _retype(self, value: ir.Value) -> None:
         self.types[id(value)] = self.half
@@ -407,23 +378,6 @@ class _Caster:
             value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(FLOAT), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
-
-
-def _far_reaching(graph: ir.Graph, activations: Collection[int], largest: float) -> set[int]:
-    """Position values that a constant beyond float16's range flows into."""
-    wide: set[int] = set()
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype == FLOAT and tensor.size <= 1 << 16 and _beyond(tensor.numpy(), largest):
-            wide.add(id(value))
-    for node in graph:
-        if id(node) in activations:
-            continue
-        fill = node.attributes.get("value")
-        is_wide = node.op_type == "ConstantOfShape" and fill is not None and _beyond(fill.as_tensor().numpy(), largest)
-        if is_wide or any(value is not None and id(value) in wide for value in node.inputs):
-            wide.update(id(value) for value in node.outputs)
-    return wide
 
 
 def _beyond(array: npt.NDArray[Any], largest: float) -> bool:

@@ -9,15 +9,13 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxpress.compiler.errors import OptionError, PreconditionError
+from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.target import TARGETS
-from onnxpress.passes.quantization._overflow import largest_magnitudes
 from onnxpress.passes.quantization.cast_float16 import HALF, LARGEST, CastFloat16, to_half
 from onnxpress.passes.quantization.rtn import Rtn
 
@@ -208,78 +206,3 @@ def test_bfloat16_keeps_float32_where_the_opset_knows_no_such_operator() -> None
     weights = [value.const_value.numpy() for value in model.graph.initializers.values()]  # type: ignore[union-attr]
     assert all(np.isfinite(array.astype(np.float32)).all() for array in weights)
     assert not CastFloat16(dtype="bfloat16").run(model, CUDA).modified
-
-
-# --- islands ------------------------------------------------------------------------------------------------------
-
-
-def massive(times: float) -> ir.Model:
-    """A gated layer and a norm behind it, values of the layer `times` as large as usual."""
-    builder = graphs.Builder(32, 96, 0)
-    table = builder.weight(96, 32, name="table", scale=1.0)
-    x = builder.op("Gather", table, builder.ids, width=32, axis=0)
-    y = builder.step("gated", x, x)
-    down = builder.weights[-1]
-    down.const_value = ir.tensor(down.const_value.numpy() * np.float32(times), name=down.name)  # type: ignore[union-attr]
-    return builder.finish(builder.norm(builder.op("Add", x, y, width=32)), False, table)
-
-
-def test_what_would_overflow_is_an_island() -> None:
-    before = graphs.run(massive(5e4))["logits"]
-    model = massive(5e4)
-    sums = [node.outputs[0] for node in model.graph if node.op_type == "Add"][:1]
-    (reached,) = largest_magnitudes(model, sums, CUDA).values()
-    assert LARGEST[HALF] < reached < np.inf, "nothing to protect"
-    # ONNX Runtime computes float16 in float32 on the CPU, so that what would overflow shows in types alone.
-    report = CastFloat16().run(model, CUDA)
-    check.close(before, graphs.run(model)["logits"].astype(np.float32), tolerance=HALF_TOLERANCE)
-    kept = {skip.site: skip.reason for skip in report.skipped}
-    assert all(reason.startswith("computed in float32: values reach ") for reason in kept.values())
-    types = {node.op_type: node.outputs[0].dtype for node in model.graph if node.name in kept}
-    assert {"MatMul", "Add"} <= set(types)
-    assert set(types.values()) == {ir.DataType.FLOAT}
-    halves = [node for node in model.graph if node.op_type == "MatMul" and node.outputs[0].dtype == HALF]
-    assert len(halves) == 3, "gate, up and head"
-    assert not any(str(node.name).startswith("overflow/") for node in model.graph)
-
-
-@pytest.mark.parametrize(
-    ("times", "headroom", "are_there"), [(1.0, 0.25, False), (600.0, 1.0, False), (600.0, 1e-3, True)]
-)
-def test_islands_are_there_where_values_are_large(times: float, headroom: float, are_there: bool) -> None:
-    report = CastFloat16(headroom=headroom).run(massive(times), CUDA)
-    assert any("computed in float32" in skip.reason for skip in report.skipped) == are_there
-
-
-def test_bfloat16_has_no_islands() -> None:
-    assert not CastFloat16(dtype="bfloat16").run(massive(5e4), Context(target=TARGETS["cuda-bf16"])).skipped
-
-
-def test_attention_without_a_float32_kernel_is_named_and_saturates() -> None:
-    model = decoder(layers=1)
-    (values,) = (node for node in model.graph if node.name == "l0.v")
-    matrix = values.inputs[1]
-    assert matrix is not None
-    matrix.const_value = ir.tensor(matrix.const_value.numpy() * np.float32(1e4), name=matrix.name)  # type: ignore[union-attr]
-    report = CastFloat16(headroom=0.01).run(model, CUDA)
-    reasons = {skip.site: skip.reason for skip in report.skipped}
-    assert reasons["l0.attention"].endswith("but CUDA has no GroupQueryAttention in float32: they may overflow")
-    assert reasons["l0.v"].startswith("computed in float32")
-    attention = next(node for node in model.graph if node.op_type == "GroupQueryAttention")
-    cast = attention.inputs[2].producer()  # type: ignore[union-attr]
-    assert cast is not None
-    assert cast.inputs[0].producer().op_type == "Clip"  # type: ignore[union-attr]
-
-
-def test_a_model_that_reads_no_text_says_so() -> None:
-    model = massive(1.0)
-    model.graph.inputs[0].name = "pixels"
-    report = CastFloat16().run(model, CUDA)
-    assert [note.startswith("float16 may overflow: not looked at text, for ") for note in report.notes] == [True]
-    assert not any("computed in float32" in skip.reason for skip in report.skipped)
-
-
-@pytest.mark.parametrize("headroom", [0.0, 1.5])
-def test_headroom_is_a_share(headroom: float) -> None:
-    with pytest.raises(OptionError, match="headroom"):
-        CastFloat16(headroom=headroom)
