@@ -12,6 +12,10 @@ A float32 value is one of three kinds, told apart by where it comes from:
   beyond float16's range (the -3.4e38 of a mask) is clipped there, not turned into an infinity.
 * statistics of an unfused norm (Pow, ReduceMean, Sqrt and what combines them): a square overflows at 256, so the norm
   is computed in float32 between two Casts. Fused norms do so inside their kernels.
+
+Some models have activations beyond 65,504, the end of float16's range. Where there is calibration text it is streamed
+through the float32 graph first, and nodes that make or read a value beyond `margin` of that range stay in float32, as
+islands between Casts, weights included. bfloat16 has float32's range and needs no such search.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from onnx_ir.passes import common
 from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.linears import unique_name
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
+from onnxpress.passes.quantization import _islands
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 LARGEST = {HALF: 65504.0, BFLOAT: float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
@@ -47,6 +52,8 @@ _TYPE_FROM = {"Where": 1, "GatherBlockQuantized": 2, "DequantizeLinear": 1}
 _INTEGER_OUTPUTS = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero")
 _TRUTH_OUTPUTS = ("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN")
 _VIEWS = ("Transpose", "Reshape", "Identity", "Slice", "Split", "Unsqueeze", "Squeeze", "Cast")
+# What hands on a mask that was added to it, up to the Softmax.
+_CARRIES_MASK = ("Add", "Sum", "Sub", "Where", "Min", "Max", "Concat", "Expand", *_VIEWS)
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulNBits")
 
 
@@ -66,11 +73,24 @@ class CastFloat16(Pass):
 
     For the target cuda, whose attention kernels know no float32. On the CPU such a file runs, slowly. The rounding
     error of the weights is reported as `weight_error`; weights beyond float16's range are saturated and named.
+
+    Nodes that stay in float32 are skips of the report, with a note for each value that is too large. Where the target
+    has no float32 kernel for such a node, the report says so; what such a node reads is saturated.
     """
 
     promise: ClassVar[Promise] = Promise.LOSSY
 
     dtype: Literal["float16", "bfloat16"] = "float16"  # bfloat16: for large activations; runs on CUDA alone
+    margin: float = 0.5  # share of float16's range; nodes around larger values on calibration text stay in float32
+    keep: tuple[str, ...] = ()  # patterns of linears or nodes that stay in float32 too: "*.down", "head"
+    tokens: int = 512  # of calibration text; 0: activations are not searched for large values
+    length: int = 256  # tokens of a window
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(0 < self.margin <= 1, "margin", "above 0 and at most 1", "0.5 leaves other text a factor of two")
+        self.check(self.tokens >= 0, "tokens", "0 or more", "512 shows which values are large")
+        self.check(self.length >= 1, "length", "positive", "256 suits most models")
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -81,15 +101,31 @@ class CastFloat16(Pass):
             )
         types = _types(graph)
         half = HALF if self.dtype == "float16" else BFLOAT
+        kept = _islands.named(model, self.keep)
         if not _has_work(graph, types, half):
             report.skip("graph", "it has no weights or activations in float32")
             return report
         if any(node.op_type == "Constant" for node in graph):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             types = _types(graph)
-        _Caster(graph, types, _roles(graph, types, half), report, half).run()
+        caster = _Caster(graph, types, _roles(graph, types, half), report, half)
+        large = self._large(model, caster, context, report)
+        islands = caster.keep_islands(kept, large, context.target.provider)
+        caster.run(islands, large)
         graph.sort()
+        if report.modified:
+            for node in islands:
+                node.metadata_props[_islands.MARK] = "1"
         return report
+
+    def _large(self, model: ir.Model, caster: _Caster, context: Context, report: Report) -> dict[int, float]:
+        """Magnitudes of activations that float16 does not hold with a margin, by id."""
+        if self.dtype != "float16" or not self.tokens:
+            return {}
+        found = _islands.magnitudes(model, caster.to_measure(), context, report, self.tokens, self.length)
+        if found:
+            report.metrics["largest_activation"] = max(found.values())
+        return {key: size for key, size in found.items() if size > self.margin * LARGEST[HALF]}
 
 
 @dataclass
@@ -172,6 +208,8 @@ def _roles(graph: ir.Graph, types: dict[int, ir.DataType | None], half: ir.DataT
             statistics.add(id(node))
         elif node.op_type in _FLOAT32_ONLY or not _takes(node.domain, node.op_type, opset, half):
             statistics.add(id(node))
+        if _islands.MARK in node.metadata_props:
+            statistics.add(id(node))
     return _Roles(activations, statistics)
 
 
@@ -226,10 +264,66 @@ class _Caster:
         self.made: dict[tuple[int, ir.DataType], ir.Value] = {}
         self.squared_error = self.squared_norm = 0.0
 
-    def run(self) -> None:
-        """Converts inputs, nodes and constants, then ties float32 and float16 parts together with Casts."""
+    def to_measure(self) -> list[ir.Value]:
+        """Activations in float32; masks and what they were added to are saturated, so their size does not matter."""
+        masked = self._far_reaching(list(self.graph))
+        found = []
+        for node in self.graph:
+            if id(node) not in self.roles.activations:
+                continue
+            if node.op_type in _CARRIES_MASK and any(one is not None and id(one) in masked for one in node.inputs):
+                masked.update(id(value) for value in node.outputs)
+            found += [
+                value
+                for value in node.outputs
+                if self.types.get(id(value)) == FLOAT and id(value) not in masked and _is_used(value)
+            ]
+        return found
+
+    def keep_islands(self, kept: Iterable[ir.Node], large: dict[int, float], provider: str) -> list[ir.Node]:
+        """Takes out of the float16 nodes those in `kept` and those around `large` values; reports and returns them."""
+        nodes = [node for node in self.graph if id(node) in self.roles.activations]
+        islands: dict[int, ir.Node] = {}
+        stuck: set[int] = set()
+
+        def add(node: ir.Node, reason: str) -> None:
+            if _islands.is_half_only(node, provider):
+                if id(node) not in stuck:
+                    self.report.skip(_label(node), f"{node.op_type} has no float32 kernel on {provider}: may overflow")
+                stuck.add(id(node))
+            elif self.roles.is_half(node):
+                islands[id(node)] = node
+                self.roles.statistics.add(id(node))
+                self.report.skip(_label(node), reason)
+
+        for node in kept:
+            add(node, "kept in float32, as asked for")
+        for maker in nodes:
+            for value in maker.outputs:
+                if id(value) not in large:
+                    continue
+                self.report.notes.append(f"{value.name} of {_label(maker)}: up to {large[id(value)]:.3g} on the text")
+                for node in (maker, *value.consumers()):
+                    add(node, "kept in float32, since what it makes or reads is too large for float16")
+        if islands:
+            outputs = {id(value) for value in self.graph.outputs if id(value) not in large}
+            for node in _islands.fewer_casts(nodes, self.roles.is_half, self._flows, outputs):
+                add(node, "kept in float32, between others that are")
+            self.report.metrics["float32_nodes"] = len(islands)
+        return list(islands.values())
+
+    def _flows(self, value: ir.Value) -> bool:
+        return not _is_constant(value) and _is_float(self.types.get(id(value)))
+
+    def run(self, islands: Iterable[ir.Node] = (), large: Iterable[int] = ()) -> None:
+        """Converts inputs, nodes and constants, then ties float32 and float16 parts together with Casts.
+
+        Args:
+            islands: nodes that stay in float32; outputs of the graph that they make are converted.
+            large: ids of activations beyond float16's range, which stay infinite nowhere.
+        """
         nodes = list(self.graph)
-        wide = self._far_reaching(nodes)
+        wide = self._far_reaching(nodes) | set(large)
         for value in self.graph.inputs:
             if self.types[id(value)] == FLOAT and value.const_value is None:
                 self._retype(value)
@@ -240,6 +334,11 @@ class _Caster:
         self._convert_constants(nodes)
         for node in nodes:
             self._connect(node, wide)
+        makers = {id(node) for node in islands}
+        for index, value in enumerate(self.graph.outputs):
+            maker = value.producer()
+            if id(maker) in makers and self.types.get(id(value)) == FLOAT and id(value) not in wide:
+                self._convert_output(index, value)
         for value in self.graph.outputs:
             maker = value.producer()
             if maker is not None and id(maker) in self.roles.statistics and self.types.get(id(value)) == FLOAT:
@@ -281,6 +380,14 @@ class _Caster:
                 self._retype(value)
                 if value.is_graph_output():
                     self.report.change(f"output {value.name}")
+
+    def _convert_output(self, index: int, value: ir.Value) -> None:
+        """Puts a Cast behind an output of an island; the name goes with it."""
+        name, value.name = value.name, f"{value.name}.float"
+        cast = self._cast(value, self.half, wide=False)
+        cast.name = name
+        self.graph.outputs[index] = cast
+        self.report.change(f"output {name}")
 
     def _convert_constants(self, nodes: Iterable[ir.Node]) -> None:
         """float32 constants that only float16 nodes read change in place; others get a float16 twin."""
@@ -378,6 +485,14 @@ class _Caster:
             value = ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(FLOAT), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
+
+
+def _is_used(value: ir.Value) -> bool:
+    return value.is_graph_output() or bool(value.uses())
+
+
+def _label(node: ir.Node) -> str:
+    return node.name or node.outputs[0].name or node.op_type
 
 
 def _beyond(array: npt.NDArray[Any], largest: float) -> bool:
