@@ -265,7 +265,10 @@ class _Caster:
         self.squared_error = self.squared_norm = 0.0
 
     def to_measure(self) -> list[ir.Value]:
-        """Activations in float32; masks and what they were added to are saturated, so their size does not matter."""
+        """Activations that are to become float16, and those in float32 that become it where they are read.
+
+        Masks and what they were added to are saturated, so their size does not matter.
+        """
         masked = self._far_reaching(list(self.graph))
         found = []
         for node in self.graph:
@@ -276,7 +279,9 @@ class _Caster:
             found += [
                 value
                 for value in node.outputs
-                if self.types.get(id(value)) == FLOAT and id(value) not in masked and _is_used(value)
+                if self.types.get(id(value)) == FLOAT
+                and id(value) not in masked
+                and (_is_used(value) and any(self.roles.is_half(one) for one in (node, *value.consumers())))
             ]
         return found
 
