@@ -78,7 +78,7 @@ class CalibrationText:
         wanted = -(-num_tokens // length)
         given = [len(stream) // length for stream in streams.values() if len(stream) >= length]
         asked = min(_even([*given, wanted], wanted)[-1] * length, num_tokens)
-        written = [] if self.own is None else [*self.own(asked, length)]
+        written = [] if self.own is None or not asked else [*self.own(asked, length)]
         length = min([length, *map(len, written)])
         # A note of a few words beside a book must not cut the book into windows of a few words.
         short = [name for name, stream in streams.items() if len(stream) < length]

@@ -317,7 +317,7 @@ def table_of_blocks(node: ir.Node) -> ir.Value | None:
     readers = node.outputs[0].consumers()
     if node.op_type != "MatMul" or len(readers) != 1 or readers[0].op_type != "Concat" or len(node.inputs) != 2:
         return None
-    if list(readers[0].inputs) != [node.inputs[0], node.outputs[0]]:
+    if list(readers[0].inputs) != [node.inputs[0], node.outputs[0]] or _int(readers[0], "axis") != -1:
         return None
     value = node.inputs[1]
     cast = value.producer() if value is not None else None

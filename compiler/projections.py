@@ -117,7 +117,7 @@ def pack(fuser: Fuser, parts: Sequence[Projection], name: str) -> ir.Value:
         The packed output.
     """
     graph, first = fuser.model.graph, parts[0].node
-    name = _unused(graph, name)
+    name = unused_name(graph, name)
     axis, width = _axis(first), sum(one.width for one in parts)
     roles = ("weight",) if axis else ("codes", "scale", "zero")
     columns = zip(*(one.weights for one in parts), strict=True)
@@ -147,7 +147,7 @@ def drop(graph: ir.Graph, part: Projection) -> None:
         drop_unused(graph, value)
 
 
-def _unused(graph: ir.Graph, base: str) -> str:
+def unused_name(graph: ir.Graph, base: str) -> str:
     """`base`, or `base_1`, `base_2`, ... when nodes, values or weights of the graph are called so."""
     taken = {name for node in graph for name in (node.name, *(value.name for value in node.outputs))}
     name, number = base, 0

@@ -100,4 +100,4 @@ class _Gauge:
 
 def _constant(name: str, array: npt.NDArray[Any]) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)

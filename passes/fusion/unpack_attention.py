@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxpress.compiler.fusing import Fuser, discard
 from onnxpress.compiler.linears import MICROSOFT, derived
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.projections import unused_name
 from onnxpress.passes.fusion._attention import PADDING, SCORE_BIAS, attention_samples, rank
 
 _SHARED = ("num_heads", "scale", "unidirectional", "mask_filter_value")  # attributes of both operators
@@ -59,6 +60,8 @@ def _obstacle(node: ir.Node) -> str | None:
         return "the weight is no constant"
     if any(value is not None and (len(value.uses()) != 1 or value.is_graph_output()) for value in (weight, bias)):
         return "other nodes read the packed weight too"
+    if mask is not None and mask.shape is not None and mask.shape[-1] == 1:
+        return "the mask has one column, which MultiHeadAttention does not take"
     if mask is not None and rank(mask) != 2:
         is_count = mask.producer() is not None and mask.producer().op_type == "ReduceSum"  # type: ignore[union-attr]
         return None if rank(mask) == 1 and is_count else "the mask is none of padding"
@@ -86,11 +89,12 @@ def _unpack(fuser: Fuser, site: str, node: ir.Node) -> str | None:
     for kind, width in zip("qkv", _widths(node, total), strict=True):
         columns = slice(first, first + width)
         first += width
-        matrix = _part(graph, weight.const_value, f"{site}/{kind}.weight", [rows, width], columns)
-        steps = [ir.Node("", "MatMul", [x, matrix], name=f"{site}/{kind}")]
+        name = unused_name(graph, f"{site}/{kind}")
+        matrix = _part(graph, weight.const_value, f"{name}.weight", [rows, width], columns)
+        steps = [ir.Node("", "MatMul", [x, matrix], name=name)]
         if bias.const_value.numpy()[columns].any():
-            added = _part(graph, bias.const_value, f"{site}/{kind}.bias", [width], columns)
-            steps.append(ir.Node("", "Add", [steps[0].outputs[0], added], name=f"{site}/{kind}/bias"))
+            added = _part(graph, bias.const_value, f"{name}.bias", [width], columns)
+            steps.append(ir.Node("", "Add", [steps[0].outputs[0], added], name=f"{name}/bias"))
         for step in steps:
             step.outputs[0].name, step.outputs[0].type = f"{step.name}.out", old.type
             leading = [None, None] if old.shape is None else list(old.shape)[:2]

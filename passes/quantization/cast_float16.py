@@ -342,8 +342,9 @@ class _Caster:
         makers = {id(node) for node in islands}
         for index, value in enumerate(self.graph.outputs):
             maker = value.producer()
-            if id(maker) in makers and self.types.get(id(value)) == FLOAT and id(value) not in wide:
-                self._convert_output(index, value)
+            is_cache = "present" in (value.name or "")  # the next step reads it as its past, which is float16
+            if id(maker) in makers and self.types.get(id(value)) == FLOAT and (is_cache or id(value) not in wide):
+                self._convert_output(index, value, wide=id(value) in wide)
         for value in self.graph.outputs:
             maker = value.producer()
             if maker is not None and id(maker) in self.roles.statistics and self.types.get(id(value)) == FLOAT:
@@ -386,10 +387,10 @@ class _Caster:
                 if value.is_graph_output():
                     self.report.change(f"output {value.name}")
 
-    def _convert_output(self, index: int, value: ir.Value) -> None:
+    def _convert_output(self, index: int, value: ir.Value, *, wide: bool) -> None:
         """Puts a Cast behind an output of an island; the name goes with it."""
         name, value.name = value.name, f"{value.name}.float"
-        cast = self._cast(value, self.half, wide=False)
+        cast = self._cast(value, self.half, wide)
         cast.name = name
         self.graph.outputs[index] = cast
         self.report.change(f"output {name}")

@@ -200,6 +200,11 @@ def test_sources_are_mixed_evenly(tmp_path: Path) -> None:
     assert [len({*row}) == 1 for row in ids].count(True) == 2
     assert ids.shape == (12, 32)
     assert facts["text"].endswith("left out: b.txt")
+    enough = {"a.txt": "a" * 40}  # a text of one window where one is asked for
+    ids, facts = CalibrationText(
+        texts=enough, own=write(directory), tokenizer=tokenizer, vocab_size=VOCABULARY
+    ).windows(32, 32)
+    assert facts["text"] == "32 tokens of a.txt"
     alone, facts = CalibrationText(own=write(directory), tokenizer=tokenizer, vocab_size=VOCABULARY).windows(64, 32)
     assert np.array_equal(alone, write(directory)(64, 32))
     assert facts["text"] == f"64 tokens of {OWN}"

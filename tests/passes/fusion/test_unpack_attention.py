@@ -38,7 +38,7 @@ def attention(
         operands[2] = ir.val("bias", ir.DataType.FLOAT, [3 * K])
         inputs.append(operands[2])
     if mask:
-        shapes = {"input": ["batch"], "causal": ["batch", "tokens", "tokens"]}
+        shapes = {"input": ["batch"], "one": ["batch", 1], "causal": ["batch", "tokens", "tokens"]}
         operands[3] = ir.val("mask", ir.DataType.INT32, shapes.get(mask, ["batch", "tokens"]))
         inputs.append(operands[3])
         if mask == "counts":
@@ -117,6 +117,10 @@ WHOLE: dict[str, tuple[dict[str, Any], str]] = {
     "rotary": ({"do_rotary": 1}, "the operator rotates queries and keys"),
     "a bias that is given": ({"bias": "input"}, "the weight is no constant"),
     "starts and ends, perhaps": ({"mask": "input"}, "the mask is none of padding"),
+    "a mask of one column": (
+        {"mask": "one"},
+        "the mask has one column, which MultiHeadAttention does not take",
+    ),
     "a mask for each query": ({"mask": "causal"}, "the mask is none of padding"),
     "a weight with other readers": ({"shared": True}, "other nodes read the packed weight too"),
 }
@@ -131,3 +135,16 @@ def test_what_stays_whole(case: str) -> None:
     assert not report.changed
     assert list(report.reasons()) == [reason]
     assert graphs.text(model) == text
+
+
+def test_names_may_be_taken() -> None:
+    model = attention()
+    other = ir.node("Neg", [model.graph.inputs[0]], name="attention/q")
+    other.outputs[0].name, other.outputs[0].dtype = "attention/k.out", ir.DataType.FLOAT
+    other.outputs[0].shape = ir.Shape(["batch", "tokens", K])
+    model.graph.append(other)
+    model.graph.outputs.append(other.outputs[0])
+    before = graphs.run(model, feeds(model))
+    assert UnpackAttention().run(model, Context()).changed
+    for name, want in graphs.run(model, feeds(model)).items():
+        check.close(before[name], want, tolerance=1e-5)

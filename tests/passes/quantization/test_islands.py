@@ -272,3 +272,25 @@ def test_as_few_casts_as_possible() -> None:
     assert casts(model) == 2
     assert report.reasons()["kept in float32, between others that are"] == 1
     check.close(before, logits(model).astype(np.float32), tolerance=TOLERANCE)
+
+
+def test_a_cast_of_an_exporter_behind_a_large_value_is_part_of_the_island() -> None:
+    before, model = logits(decoder()), decoder()
+    view = node(model, "n13")
+    view.op_type = "Cast"
+    view.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    cast(model)
+    check.close(before, logits(model).astype(np.float32), tolerance=TOLERANCE)
+
+
+def test_a_cache_that_is_too_large_saturates() -> None:
+    model = decoder()
+    value = node(model, "n12").outputs[0]
+    value.name = "present.0.value"
+    value.shape = ir.Shape(["batch", "sequence", 64])
+    model.graph.outputs.append(value)
+    cast(model)
+    found = graphs.run(model, FEEDS)
+    assert found["present.0.value"].dtype == np.float16, "as the past that it becomes"
+    assert np.isfinite(found["present.0.value"]).all()
+    assert np.abs(found["present.0.value"]).max() == LARGEST[HALF]

@@ -278,19 +278,19 @@ def test_a_product_beside_something_else_is_a_linear() -> None:
     assert len(find_linears(model, expand_pairs=True)) == 5
 
 
-@pytest.mark.parametrize("is_table", [True, False])
-def test_only_the_table_of_blocks_is_no_weight(is_table: bool) -> None:
+@pytest.mark.parametrize(("is_table", "axis"), [(True, -1), (False, -1), (True, 1)])
+def test_only_the_table_of_blocks_is_no_weight(is_table: bool, axis: int) -> None:
     builder = graphs.Builder(64, 96, 0)
     table = builder.weight(96, 64, name="table")
     x = builder.op("Gather", table, builder.ids, width=64, axis=0)
     matrix = builder.weight(64, 24)
     if is_table:
         matrix.const_value = ir.tensor(np.eye(24, dtype=np.float32)[np.arange(64) // 32], name=matrix.name)
-    both = builder.op("Concat", x, builder.op("MatMul", x, matrix, width=24), width=88, axis=-1)
+    both = builder.op("Concat", x, builder.op("MatMul", x, matrix, width=24), width=88, axis=axis)
     y = builder.op("MatMul", both, builder.weight(88, 64), width=64)
     model = builder.finish(builder.op("Tanh", y, width=64), False, table)
     linears = find_linears(model)
-    assert len(linears) == 2 + (not is_table)
+    assert len(linears) == 2 + (not is_table or axis != -1)
     assert not find_other_weights(model, linears, find_embeddings(model, linears))
 
 
