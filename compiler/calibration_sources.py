@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxpress.compiler.errors import CalibrationError
+from onnxpress.compiler.errors import CalibrationError, StreamingError
 from onnxpress.compiler.journal import Section
 from onnxpress.compiler.pass_ import Tracker
 from onnxpress.compiler.probe import Probe, Step
@@ -152,7 +152,7 @@ def own_text(
         shapes: of the graph's inputs by name, where more is known than the file declares.
 
     Raises:
-        CalibrationError: by `write`, the model is no decoder, or does not run.
+        CalibrationError: by `write`, the model is no decoder; StreamingError, it does not run.
     """
 
     def write(num_tokens: int, length: int) -> Ids:
@@ -167,7 +167,7 @@ def own_text(
             except CalibrationError:
                 raise
             except Exception as error:  # ORT has one exception type per C++ code
-                raise CalibrationError(
+                raise StreamingError(
                     f"calibration: the model cannot write text of its own: {first_line(error)}",
                     hint="give a text file, or --calibration english",
                 ) from error
