@@ -195,8 +195,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("sizes not asked anew", 'if reader.op_type == "Shape":', "if False:"),
     ),
     f"{_FUSION}/pack_attention.py": (
-        ("scale dropped", '("num_heads", "scale", ', '("num_heads", '),
-        ("causal dropped", '"unidirectional", "mask_filter_value")', '"mask_filter_value")'),
+        ("scale dropped", "for name in SHARED if", "for name in set(SHARED) - {'scale'} if"),
+        ("causal dropped", "for name in SHARED if", "for name in set(SHARED) - {'unidirectional'} if"),
         ("mask dropped", "added, padding, None, bias]", "added, None, None, bias]"),
         ("score bias dropped", "added, padding, None, bias]", "added, padding, None, None]"),
         ("a cache or a bias of its own", "if keeps_a_cache(node):", "if False:"),
@@ -211,8 +211,8 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("biases of another order", "np.concatenate(biases)", "np.concatenate(biases[::-1])"),
     ),
     f"{_FUSION}/unpack_attention.py": (
-        ("scale dropped", '("num_heads", "scale", ', '("num_heads", '),
-        ("causal dropped", '"unidirectional", "mask_filter_value")', '"mask_filter_value")'),
+        ("scale dropped", "for name in SHARED if", "for name in set(SHARED) - {'scale'} if"),
+        ("causal dropped", "for name in SHARED if", "for name in set(SHARED) - {'unidirectional'} if"),
         ("mask dropped", "operands = [*parts, None, mask, scores]", "operands = [*parts, None, None, scores]"),
         ("score bias dropped", "operands = [*parts, None, mask, scores]", "operands = [*parts, None, mask, None]"),
         ("a cache", "if inputs[_PAST] is not None or inputs[6] is not None or present:", "if present:"),

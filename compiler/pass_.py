@@ -156,8 +156,12 @@ class Pass(ir.passes.InPlacePass):
         for option in dataclasses.fields(self):
             value, kind = getattr(self, option.name), _hints(type(self))[option.name]
             if not _is(value, kind):
-                expected = kind.__name__ if isinstance(kind, type) else str(kind)
-                raise OptionError(f"{self.name()}: {option.name} must be {expected}, got {value!r}")
+                choices = (
+                    [str(one) for one in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
+                )
+                expected = kind.__name__ if isinstance(kind, type) else " or ".join(choices) or str(kind)
+                hint = near_miss(str(value), choices)
+                raise OptionError(f"{self.name()}: {option.name} must be {expected}, got {value!r}", hint=hint)
 
     @classmethod
     def name(cls) -> str:

@@ -17,6 +17,8 @@ from onnxpress.compiler.fusing import Feeds, other, producer, scalar, split_scal
 from onnxpress.compiler.region import SIZE_ARITHMETIC, Array, NotCuttable, random_feed, sized_number
 
 PADDING, SCORE_BIAS = 4, 5  # inputs of MultiHeadAttention
+# Attributes that it has in common with the Attention of com.microsoft.
+SHARED = ("num_heads", "scale", "unidirectional", "mask_filter_value")
 
 # Operators that move or repeat data without changing a number.
 _MOVES = ("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice", "Identity", "Cast")

@@ -20,9 +20,7 @@ from onnxpress.compiler.fusing import Fuser, constant, discard
 from onnxpress.compiler.linears import MICROSOFT
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.projections import Projection
-from onnxpress.passes.fusion._attention import PADDING, SCORE_BIAS, attention_samples, keeps_a_cache
-
-_SHARED = ("num_heads", "scale", "unidirectional", "mask_filter_value")  # attributes of both operators
+from onnxpress.passes.fusion._attention import PADDING, SCORE_BIAS, SHARED, attention_samples, keeps_a_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ def _pack(fuser: Fuser, site: str, node: ir.Node, found: Sequence[Projection]) -
     weight = projections.joined(graph, [one.weights[0] for one in found], f"{base}/qkv.weight", axis=1)
     biases = [np.zeros(one.width, np.float32) if one.bias is None else _array(one.bias) for one in found]
     added = constant(graph, np.concatenate(biases), f"{base}/qkv.bias")
-    attributes = [node.attributes[name] for name in _SHARED if name in node.attributes]
+    attributes = [node.attributes[name] for name in SHARED if name in node.attributes]
     widths = [one.width for one in found]
     if widths[2] != widths[0]:
         attributes.append(ir.AttrInt64s("qkv_hidden_sizes", widths))

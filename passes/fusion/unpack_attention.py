@@ -16,10 +16,9 @@ from onnxpress.compiler.fusing import Fuser, discard
 from onnxpress.compiler.linears import MICROSOFT, derived
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.projections import unused_name
-from onnxpress.passes.fusion._attention import PADDING, SCORE_BIAS, attention_samples, rank
+from onnxpress.passes.fusion._attention import PADDING, SCORE_BIAS, SHARED, attention_samples, rank
 
-_SHARED = ("num_heads", "scale", "unidirectional", "mask_filter_value")  # attributes of both operators
-_MASK, _PAST, _BIAS = 3, 4, 5  # inputs of Attention
+_MASK, _PAST = 3, 4  # inputs of Attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +103,7 @@ def _unpack(fuser: Fuser, site: str, node: ir.Node) -> str | None:
     operands = [*parts, None, mask, scores]
     while operands[-1] is None:
         operands.pop()
-    attributes = [node.attributes[name] for name in _SHARED if name in node.attributes]
+    attributes = [node.attributes[name] for name in SHARED if name in node.attributes]
     made.append(ir.Node(MICROSOFT, "MultiHeadAttention", operands, attributes, name=node.name))
     sampled: list[ir.Value | None] = [x, None, None, None, None, None]
     sampled[PADDING], sampled[SCORE_BIAS] = mask, scores

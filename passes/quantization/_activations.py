@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.calibration import Calibration, Feeds
+from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.formats import columns_matrix
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
@@ -84,6 +85,14 @@ class RoundedActivations(StoredLinears):
         super().__post_init__()
         self.check(self.max_error > 0, "max_error", "positive", "0.1 suits most models")
         self.check(self.length >= 1, "length", "positive", "256 suits most models")
+
+    def check_target(self, context: Context) -> None:
+        if context.target.provider != "cpu":
+            raise OptionError(
+                f"{self.name()}: ONNX Runtime multiplies 8-bit activations on the CPU only, "
+                f"got target {context.target.name!r}",
+                hint="use rtn(bits=8), which stores weights alone in 8 bits",
+            )
 
     @abc.abstractmethod
     def rounding(self, windows: Sequence[Floats]) -> Rounding | str:

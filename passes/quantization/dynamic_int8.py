@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import CalibrationError, OptionError
+from onnxpress.compiler.errors import CalibrationError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.quantization._activations import RoundedActivations, Rounding
@@ -42,14 +42,6 @@ class DynamicInt8(RoundedActivations):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.tokens >= 0, "tokens", "0 or more", "1024 suits most models")
-
-    def check_target(self, context: Context) -> None:
-        if context.target.provider != "cpu":
-            raise OptionError(
-                f"{self.name()}: ONNX Runtime multiplies 8-bit activations on the CPU only, "
-                f"got target {context.target.name!r}",
-                hint="use rtn(bits=8), which stores weights alone in 8 bits",
-            )
 
     def prepare(
         self, model: ir.Model, linears: list[Linear], context: Context, report: Report

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler import formats
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError, StreamingError, UnsupportedModelError
+from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.quantization._activations import RoundedActivations, Rounding
@@ -60,14 +60,6 @@ class StaticInt8(RoundedActivations):
     @classmethod
     def example(cls, model: ir.Model) -> StaticInt8:
         return cls(tokens=32, length=16)
-
-    def check_target(self, context: Context) -> None:
-        if context.target.provider != "cpu":
-            raise OptionError(
-                f"{self.name()}: ONNX Runtime multiplies 8-bit activations on the CPU only, "
-                f"got target {context.target.name!r}",
-                hint="use rtn(bits=8), which stores weights alone in 8 bits",
-            )
 
     def prepare(
         self, model: ir.Model, linears: list[Linear], context: Context, report: Report

@@ -452,3 +452,9 @@ def test_the_recipe_joins_matrices_before_it_rounds_them(tmp_path: Path) -> None
     assert (found["QuantizeLinear"], found["MatMul"]) == (9, 9)  # of 2 blocks: qkv, output, gate and up, down; the head
     assert made.report["quality"]["kl"] < 0.01
     assert recipes.w8a8(TARGETS["cuda"]) == recipes.int8(TARGETS["cuda"])
+
+
+def test_a_mistyped_choice_is_told_the_choices() -> None:
+    with pytest.raises(OptionError, match="must be minmax or percentile or mse or entropy, got 'msee'") as caught:
+        StaticInt8(calibrator="msee")  # type: ignore[arg-type]
+    assert caught.value.hint == "did you mean 'mse'?"
