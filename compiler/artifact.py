@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from onnxpress.compiler.sample_text import default_text
 from onnxpress.compiler.scales import shortened
 from onnxpress.compiler.staging import MANIFEST
 from onnxpress.compiler.target import Target
+from onnxpress.compiler.threads import workers
 
 if TYPE_CHECKING:
     from onnxpress.runtime.evaluate import Evaluation
@@ -181,7 +181,7 @@ def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", max_in_
             path,
             external_data=DATA,
             size_threshold_bytes=INLINE_BYTES,
-            max_workers=min(4, os.cpu_count() or 1),
+            max_workers=min(4, workers()),
             max_in_flight_bytes=max_in_flight_bytes,
         )
     return path

@@ -35,6 +35,7 @@ from onnxpress.compiler.linears import Float2D, Linear
 from onnxpress.compiler.pass_ import subgraphs
 from onnxpress.compiler.region import build_model, first_line
 from onnxpress.compiler.stats import Stats
+from onnxpress.compiler.threads import session_threads
 
 logger = logging.getLogger(__name__)
 
@@ -398,6 +399,7 @@ def open_session(graph: bytes, stage: Stage) -> ort.InferenceSession:
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = session_threads()
     options.log_severity_level = 4
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -40,6 +40,7 @@ from onnxpress.compiler.sample_text import sample_tokens
 from onnxpress.compiler.staging import Stage, staged
 from onnxpress.compiler.target import Target
 from onnxpress.compiler.target import target as find_target
+from onnxpress.compiler.threads import limited
 from onnxpress.compiler.verify import LossMeter, Verifier
 from onnxpress.models import zoo
 
@@ -66,6 +67,7 @@ def optimize(
     verify: bool = False,
     measure: bool = True,
     seed: int = 0,
+    workers: int | None = None,
     strict: bool = False,
     keep_quantization: bool = False,
     exporter: str | None = None,
@@ -89,7 +91,9 @@ def optimize(
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
-        seed: of everything random; the same seed gives the same bytes.
+        seed: of everything random; the same seed gives the same bytes (fitted weights: on as many threads).
+        workers: threads that work at a time while passes run and the loss is measured; by default one for each core.
+            Memory grows by about the largest matrix with each.
         keep_quantization: store the weights of a GGUF file that MatMulNBits can hold as they are, bit for bit (of Q4_1
             and Q4_K the levels; offsets nearly); the pipeline quantizes only the others.
         exporter: "optimum" or "dynamo", for checkpoints; by default optimum where it is installed, else dynamo.
@@ -101,6 +105,8 @@ def optimize(
         UserError: the model, an option or the output directory is at fault.
         PassError: a pass broke its contract; nothing was written.
     """
+    if workers is not None and workers < 1:
+        raise OptionError(f"workers: expected at least 1, got {workers}", hint="leave it out for one thread per core")
     chosen_target = find_target(target)
     pipeline = _pipeline(recipe, passes, chosen_target)
     if keep_quantization:
@@ -113,7 +119,7 @@ def optimize(
     clock = _Clock()
     tell = tell or _log
     directory = _temporary() if output is None else Path(output).expanduser()
-    with staged(directory) as stage, ExitStack() as ending:
+    with limited(workers), staged(directory) as stage, ExitStack() as ending:
         context.work_dir = stage.work
         with clock.timed("load"):
             source = models.load(

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from onnxpress.compiler.threads import session_threads
+
 Array = npt.NDArray[Any]
 
 _TYPES: dict[str, Any] = {
@@ -77,7 +79,7 @@ class Probe:
         Args:
             model: the graph file, or what would be its content.
             optimized: let ONNX Runtime optimize the graph.
-            threads: 0 for all cores.
+            threads: 0 for as many as are allowed (`threads.limited`), by default one for each physical core.
             prepacked: copy weights into the layout that the kernels like; without it float weights stay mapped from
                 the file, which is slower per call and needs hardly any memory.
             folder: where the files with the weights lie, for a model that is given as bytes.
@@ -86,7 +88,7 @@ class Probe:
         options = ort.SessionOptions()
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or session_threads()
         options.log_severity_level = 4
         options.enable_mem_pattern = False
         if not prepacked:

@@ -10,7 +10,6 @@ Axes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from onnxpress.compiler.errors import UnsupportedModelError, UserError, Verifica
 from onnxpress.compiler.pass_ import Pass, Promise, Report, subgraphs
 from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
 from onnxpress.compiler.region import first_line
-from onnxpress.compiler.threads import in_thread
+from onnxpress.compiler.threads import in_thread, workers
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ class LossMeter:
             content, folder = found
         # Packing copies float weights, which costs more than it saves in a single call; quantized ones crawl without.
         prepacked = any(node.op_type == "MatMulNBits" for node in model.graph)
-        threads = max(1, (os.cpu_count() or 1) // 2)
+        threads = max(1, workers() // 2)
 
         def measure() -> Outputs:
             if self.sample is not None:

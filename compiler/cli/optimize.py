@@ -49,6 +49,9 @@ def optimize(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that work at a time.", show_default="one per core")
+    ] = None,
     exporter: Exporter = None,
     opset: Opset = 18,
     as_json: Json = False,
@@ -70,6 +73,7 @@ def optimize(
             verify=verify,
             measure=measure,
             seed=seed,
+            workers=workers,
             strict=strict,
             keep_quantization=keep_quantization,
             exporter=exporter,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from onnxpress.compiler.linears import Linear, drop_unused, find_embeddings, fin
 from onnxpress.compiler.nbits import add_initializer, replace
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
+from onnxpress.compiler.threads import workers
 
 Floats = npt.NDArray[Any]
 
@@ -237,7 +237,7 @@ def _decomposed(sites: list[_Site], decompose: Callable[[_Site], None], context:
     The linear algebra library gets one thread: its own wait in a loop for each other, which on a busy machine takes ten
     times as long as the work.
     """
-    pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="svd")
+    pool = ThreadPoolExecutor(workers(), thread_name_prefix="svd")
     with threadpool_limits(1, user_api="blas"):
         try:
             futures = [pool.submit(decompose, site) for site in sites]

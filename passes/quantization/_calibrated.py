@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.compiler.threads import workers
 from onnxpress.passes.quantization import _grids, _rounding
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import Floats, fit_grid
@@ -199,7 +199,7 @@ def identity() -> str:
         *(module.__file__ for module in (calibration, stats, scales, least_squares, _grids, _rounding)),
     ]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
-    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {os.cpu_count()} cores"
+    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
 
 
 def is_finite(group: Group) -> bool:

@@ -9,7 +9,6 @@ import abc
 import copy
 import fnmatch
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from onnxpress.compiler.other_weights import find_other_weights, node_format
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 from onnxpress.compiler.stats import Stats
+from onnxpress.compiler.threads import workers
 from onnxpress.passes.quantization._least_squares import quadratic
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
 
@@ -443,8 +443,7 @@ def calibration_windows(
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """A thread per core (numpy lets go of the interpreter lock); what has not begun is dropped on an error."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(count, thread_name_prefix="rounding")
+    pool = ThreadPoolExecutor(workers(), thread_name_prefix="rounding")
     try:
         yield pool
     finally:

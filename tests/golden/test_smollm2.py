@@ -167,3 +167,21 @@ def test_left_padded_batch_equals_single(artifact: Callable[[str], Artifact]) ->
     for row, ids in enumerate((short, long)):
         alone = session.run_logits(ids[None])[0, -1]
         assert np.abs(logits[row] - alone).max() < 1e-3
+
+
+def test_golden_errors_of_fitted_matrices(artifact: Callable[[str], Artifact], tmp_path: Path, request: Any) -> None:
+    """What gptq leaves of the first two blocks' outputs; the whole model takes minutes (`benchmarks/quality.py`)."""
+    others = "exclude=('block[2-9].*', 'block[12][0-9].*', 'head', 'embedding')"
+    made = onnxpress.optimize(
+        artifact("fp32").directory,
+        output=tmp_path / "fitted",
+        passes=f"gptq(bits=4, block_size=32, tokens=2048, length=512, {others})",
+        calibration="english",
+        measure=False,
+    )
+    rows = made.report["passes"][-1]["ledger"]
+    facts = {row["site"]: float(f"{row['output_error']:.3g}") for row in rows}
+    path = HERE / "smollm2-135m.gptq.json"
+    if request.config.getoption("--update-golden"):
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    assert facts == pytest.approx(json.loads(path.read_text()), rel=0.03)
