@@ -68,3 +68,31 @@ class Stats:
         """Mean of x^2, float64 [K]: the diagonal of `hessian_KK`."""
         importance: npt.NDArray[np.float64] = self.gram_KK.diagonal() / max(self.count, 1)
         return importance
+
+
+def damped(hessian_KK: Floats, damping: float) -> Floats:
+    """H with `damping` times its mean diagonal added to the diagonal; features that are always 0 get the mean."""
+    result = hessian_KK.copy()
+    diagonal = result.diagonal().copy()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
+    np.fill_diagonal(result, np.where(dead, mean, diagonal + damping * mean))
+    return result
+
+
+def teacher_correction(hessian_KK: Floats, drift_KK: Floats, ridge: float) -> Floats:
+    """C such that W^T + C W^T best gives the teacher's outputs from the compressed model's activation.
+
+    Minimizes E||W x0 - V x||^2 + ridge ||V - W||^2: V = W + W D (H + ridge I)^-1, so that C = (H + ridge I)^-1 D^T.
+    Fitted to V with the same H, a quantizer minimizes the distance to the teacher's outputs: what is left of it
+    does not depend on the codes.
+
+    Args:
+        hessian_KK: H = E[x x^T].
+        drift_KK: D = E[(x0 - x) x^T].
+        ridge: relative to the mean diagonal of H.
+
+    Returns:
+        float32 [K, K].
+    """
+    return np.linalg.solve(damped(hessian_KK, ridge), drift_KK.T).astype(np.float32)

@@ -10,7 +10,6 @@ Axes:    N out features, K in features, R rank
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +22,11 @@ import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from onnxpress.compiler.errors import OptionError
-from onnxpress.compiler.linears import Linear, drop_unused, find_embeddings, find_linears
-from onnxpress.compiler.nbits import add_initializer, replace
+from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 from onnxpress.compiler.threads import workers
+from onnxpress.passes.low_rank._pairs import break_even, matrices, put_pair, rank_step
 
 Floats = npt.NDArray[Any]
 
@@ -84,12 +83,12 @@ def choose_rank(
         return min(rank, rows, columns)
     if ratio is not None:
         wanted = math.floor((1 - ratio) * rows * columns / (rows + columns))
-        step = 32 if wanted >= 128 else 8
+        step = rank_step(wanted)
         return wanted // step * step or wanted
     assert energy is not None
     kept = np.cumsum(found.energy)
     wanted = int(np.searchsorted(kept, energy * kept[-1] * (1 - 1e-12))) + 1
-    step = 32 if wanted >= 128 else 8
+    step = rank_step(wanted)
     return min(-(-wanted // step) * step, rows, columns)
 
 
@@ -140,7 +139,7 @@ class Svd(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
-        sites = self._plan(model, report)
+        sites = [_Site(found) for found in matrices(model, report, "svd", kinds=self.kinds, exclude=self.exclude)]
         error = total = 0.0
         before = after = 0
         for site in _decomposed(sites, self._decompose, context):
@@ -150,7 +149,8 @@ class Svd(Pass):
                 report.skip(name, self._why_not(site))
                 continue
             kept, whole = float(site.energy[: site.rank].sum()), float(site.energy.sum())
-            _replace(model.graph, site)
+            put_pair(model.graph, site.linears, *site.pair)
+            site.pair = None
             error, total = error + whole - kept, total + whole
             before, after = before + rows * columns, after + site.rank * (rows + columns)
             report.change(
@@ -178,39 +178,12 @@ class Svd(Pass):
             }
         return report
 
-    def _plan(self, model: ir.Model, report: Report) -> list[_Site]:
-        linears = find_linears(model)
-        tables = {id(one.head) for one in find_embeddings(model, linears) if one.head is not None}
-        for pattern in self.exclude:
-            if not any(fnmatch.fnmatchcase(linear.name, pattern) for linear in linears):
-                raise OptionError(f"svd: exclude={pattern!r} matches no linear", hint="see their names with inspect")
-        for kind in self.kinds:
-            if all(linear.kind != kind for linear in linears):
-                known = ", ".join(sorted({linear.kind for linear in linears}))
-                raise OptionError(f"svd: this model has no linear of kind {kind!r}", hint=f"it has: {known}")
-        sites: dict[tuple[int, bool], _Site] = {}
-        for linear in linears:
-            if self.kinds and linear.kind not in self.kinds:
-                report.skip(linear.name, "not among the kinds asked for")
-            elif any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in self.exclude):
-                report.skip(linear.name, "excluded")
-            elif linear.factors is not None:
-                report.skip(linear.name, "already a pair of low rank")
-            elif linear.is_quantized:
-                report.skip(linear.name, "quantized; decompose before quantizing")
-            elif id(linear) in tables:
-                report.skip(linear.name, "shares its bytes with the embedding")
-            else:
-                key = id(linear.weight), linear.is_turned()
-                sites.setdefault(key, _Site([])).linears.append(linear)
-        return list(sites.values())
-
     def _decompose(self, site: _Site) -> None:
         """Fills in rank and factors; no factors where they would not be smaller than the matrix."""
         linear = site.linears[0]
         rows, columns = linear.shape
-        break_even = rows * columns / (rows + columns)
-        if self.rank is not None and self.rank >= break_even:
+        limit = break_even(rows, columns)
+        if self.rank is not None and self.rank >= limit:
             site.rank = self.rank
             return
         w_NK = linear.w_NK()
@@ -219,7 +192,7 @@ class Svd(Pass):
         found = spectrum(w_NK)
         site.energy = found.energy
         site.rank = choose_rank(found, linear.shape, rank=self.rank, energy=self.energy, ratio=self.ratio)
-        if 1 <= site.rank < break_even:
+        if 1 <= site.rank < limit:
             first, second = factors(w_NK, found, site.rank)
             assert linear.weight.const_value is not None
             dtype = linear.weight.const_value.dtype.numpy()
@@ -246,37 +219,3 @@ def _decomposed(sites: list[_Site], decompose: Callable[[_Site], None], context:
                 yield site
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _replace(graph: ir.Graph, site: _Site) -> None:
-    """Puts two MatMuls (and the Add of a Gemm's bias) in the place of each linear of the site."""
-    assert site.pair is not None
-    first, second = (
-        add_initializer(graph, f"{site.linears[0].name}.{end}", array)
-        for end, array in zip("AB", site.pair, strict=True)
-    )
-    site.pair = None
-    for linear in site.linears:
-        node, old_weight = linear.node, linear.weight
-        activation = node.inputs[0]
-        assert activation is not None
-        name = node.name or str(linear.output.name)
-        narrow = ir.Node("", "MatMul", [activation, first], name=f"{name}/A")
-        middle = narrow.outputs[0]
-        middle.name, middle.type = f"{linear.output.name}/{site.rank}", linear.output.type
-        if linear.output.shape is not None:
-            middle.shape = ir.Shape([*list(linear.output.shape)[:-1], site.rank])
-        wide = ir.Node("", "MatMul", [middle, second], name=name)  # the pair keeps the name of the linear
-        nodes = [narrow, wide]
-        if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            wide.outputs[0].name = f"{linear.output.name}/product"
-            wide.outputs[0].shape, wide.outputs[0].type = linear.output.shape, linear.output.type
-            nodes.append(ir.Node("", "Add", [wide.outputs[0], node.inputs[2]], name=f"{name}/bias"))
-        old = [node]
-        if linear.holder == "Transpose+MatMul":
-            turned = node.inputs[1].producer()  # type: ignore[union-attr]
-            if turned is not None and len(turned.outputs[0].uses()) == 1 and not turned.outputs[0].is_graph_output():
-                old.insert(0, turned)
-        replace(graph, node, old, nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
-        linear.node, linear.weight = wide, second
-        drop_unused(graph, old_weight)

@@ -146,7 +146,7 @@ class Calibrated(WeightOnly):
         correction_KK = None
         if self.teacher and group.stats.drift_KK is not None:
             drift_KK = group.stats.drift_KK / group.stats.count
-            correction_KK = least_squares.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
+            correction_KK = stats.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
         parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
         for (chosen, dtype), linears in together.items():
             for pieces in _batches(linears):

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.compiler.errors import NumericalError
+from onnxpress.compiler.stats import damped
 
 Floats = npt.NDArray[Any]
 
@@ -63,16 +64,6 @@ class Grid:
         return spread
 
 
-def damped(hessian_KK: Floats, damping: float) -> Floats:
-    """H with `damping` times its mean diagonal added to the diagonal; features that are always 0 get the mean."""
-    result = hessian_KK.copy()
-    diagonal = result.diagonal().copy()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if not dead.all() else 1.0
-    np.fill_diagonal(result, np.where(dead, mean, diagonal + damping * mean))
-    return result
-
-
 class Moments:
     """Second moments of an activation and what is derived from them, each once: every matrix that reads it needs them.
 
@@ -110,24 +101,6 @@ class Moments:
         r_KK = factor(self.hessian_KK[order[:, None], order], self.damping)
         feedback: Floats = (r_KK / r_KK.diagonal()).astype(np.float32)
         return feedback
-
-
-def teacher_correction(hessian_KK: Floats, drift_KK: Floats, ridge: float) -> Floats:
-    """C such that W^T + C W^T best gives the teacher's outputs from the compressed model's activation.
-
-    Minimizes E||W x0 - V x||^2 + ridge ||V - W||^2: V = W + W D (H + ridge I)^-1, so that C = (H + ridge I)^-1 D^T.
-    Fitted to V with the same H, a quantizer minimizes the distance to the teacher's outputs: what is left of it
-    does not depend on the codes.
-
-    Args:
-        hessian_KK: H = E[x x^T].
-        drift_KK: D = E[(x0 - x) x^T].
-        ridge: relative to the mean diagonal of H.
-
-    Returns:
-        float32 [K, K].
-    """
-    return np.linalg.solve(damped(hessian_KK, ridge), drift_KK.T).astype(np.float32)
 
 
 def factor(hessian_KK: Floats, damping: float) -> Floats:

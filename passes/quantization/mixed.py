@@ -12,7 +12,6 @@ Axes:    N out features, K in features
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from onnxpress.compiler import sizes
+from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import CalibrationError, OptionError, PreconditionError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.sensitivity import Sensitivity
-from onnxpress.passes.quantization._allocation import Option, allocate
 from onnxpress.passes.quantization._fitted_errors import fitted_errors
 from onnxpress.passes.quantization._mixed import Fitted, Rounded
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
@@ -45,7 +45,6 @@ _FORMATS = (
 )
 _PROBE = Format(4, 32, True)  # in which the cost of a matrix is measured
 _ROWS = 1024  # of a matrix that tell the error of a format
-_UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _PER_NODE = 900  # bytes that codes, scales and zero points and their names take in the graph at most
 _EXACT = 1e-8  # squared relative error below which a format holds the weights as they are
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
@@ -104,7 +103,7 @@ class Mixed(Pass):
                 f"mixed: expected one of size, kl and bits, got {' and '.join(given) or 'none'}",
                 hint="for instance mixed(size='90MB'), mixed(kl=0.05) or mixed(bits=4.5)",
             )
-        self.check(self.size is None or _bytes(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
+        self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
         self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.05 is a mild loss")
         self.check(self.bits is None or 4 < self.bits <= 9, "bits", "more than 4 and at most 9", "try 4.5")
         self.check(self.probe >= 16, "probe", "at least 16", "512 suits most models")
@@ -170,11 +169,11 @@ class Mixed(Pass):
 
     def _check_size(self, model: ir.Model) -> None:
         """Raises PreconditionError where a size is asked for and nothing is left that could be made smaller."""
-        present = _other_bytes(model, [])
-        if self.size is not None and present > (_bytes(self.size) or 0):
+        present = sizes.bytes_besides(model, [])
+        if self.size is not None and present > (sizes.read(self.size) or 0):
             raise PreconditionError(
                 f"mixed: size={self.size} cannot be met: no float matrix is left, "
-                f"and the files take {_written(present)}",
+                f"and the files take {sizes.written(present)}",
                 hint="begin with the float model; rtn(requantize=True) rounds codes anew",
             )
 
@@ -282,12 +281,13 @@ class Mixed(Pass):
         weights = sum(site.shape[0] * site.shape[1] for item in items for site in item.sites)
         if self.size is not None:
             other = _other_bytes(model, items)
-            budget = (_bytes(self.size) or 0) - other
+            budget = (sizes.read(self.size) or 0) - other
         else:
             other, budget = 0, int((self.bits or 0) * weights / 8)
         chosen = allocate(options, budget)
         if chosen is None:
-            nearest = f"size='{_written(least + other)}'" if self.size else f"bits={8 * least / weights + 5e-4:.3f}"
+            smallest = f"size='{sizes.written(least + other)}'"
+            nearest = smallest if self.size else f"bits={8 * least / weights + 5e-4:.3f}"
             raise OptionError(
                 f"mixed: {'size' if self.size else 'bits'}={self.size or self.bits} cannot be met: all matrices in the "
                 f"smallest format take {nearest}",
@@ -389,18 +389,11 @@ def _nbytes(item: _Item, chosen: Format) -> int:
 
 def _other_bytes(model: ir.Model, items: Sequence[_Item]) -> int:
     """Bytes of the finished model's files that are not codes, scales and zero points; rather a few too many."""
-    floats: dict[int, Any] = {}
-    nodes = 0
-    for site in (site for item in items for site in item.sites):
-        nodes += len(site.linears) + len(site.embeddings)
-        for value in [one.weight for one in site.linears] + [one.table for one in site.embeddings]:
-            floats[id(value.const_value)] = value.const_value
-    graph: int = sum(ir.to_proto(node).ByteSize() + 8 for node in model.graph)
-    values = [value for node in model.graph for value in node.outputs if value.name] + list(model.graph.inputs)
-    graph += sum(ir.to_proto(value).ByteSize() + 8 for value in values)
-    graph += sum(2 * len(name) + 200 for name in model.graph.initializers)
-    kept: int = weight_bytes(model) - sum(tensor.nbytes for tensor in floats.values() if tensor is not None)
-    return kept + graph + _PER_NODE * nodes
+    sites = [site for item in items for site in item.sites]
+    weights = [one.weight for site in sites for one in site.linears]
+    weights += [one.table for site in sites for one in site.embeddings]
+    nodes = sum(len(site.linears) + len(site.embeddings) for site in sites)
+    return sizes.bytes_besides(model, weights) + _PER_NODE * nodes
 
 
 def _table(items: Sequence[_Item], chosen: Sequence[int], what: str, expected: float) -> list[str]:
@@ -419,15 +412,3 @@ def _table(items: Sequence[_Item], chosen: Sequence[int], what: str, expected: f
     if silent:
         lines.append(f"  without any effect on the output that is measured: {', '.join(silent[:8])} ({len(silent)})")
     return lines
-
-
-def _written(nbytes: int) -> str:
-    """A size of at least so many bytes, as `_bytes` reads it."""
-    return f"{-(-nbytes // 1000)}kB" if nbytes < 1e7 else f"{-(-nbytes // 10**5) / 10}MB"
-
-
-def _bytes(text: str) -> int | None:
-    """Bytes that a size such as "90MB" stands for, None when it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(found[2].lower()) if found else None
-    return None if found is None or unit is None else int(float(found[1]) * unit)

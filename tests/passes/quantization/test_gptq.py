@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress import models
-from onnxpress.compiler import pipeline
+from onnxpress.compiler import pipeline, stats
 from onnxpress.compiler.calibration import Group
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import CalibrationError, NumericalError, OptionError, StreamingError
@@ -83,7 +83,7 @@ def test_law_a_sweep_is_gptq() -> None:
     w_KN, hessian_KK = problem(columns=32, rows=8)
     grid = grid_of(w_KN, hessian_KK)
     order = np.argsort(-hessian_KK.diagonal(), kind="stable")
-    inverse = np.linalg.inv(least_squares.damped(hessian_KK, 0.01)[np.ix_(order, order)])
+    inverse = np.linalg.inv(stats.damped(hessian_KK, 0.01)[np.ix_(order, order)])
     upper = np.linalg.cholesky(inverse).T
     work, steps = w_KN[order].astype(np.float64), np.empty_like(w_KN)
     for j, column in enumerate(order):
@@ -141,9 +141,9 @@ def test_law_the_teachers_target_is_the_least_squares_solution() -> None:
     w_KN = rng.standard_normal((24, 6)).astype(np.float32)
     hessian, drift = x_TK.T @ x_TK / 400, (x0_TK - x_TK).T @ x_TK / 400
     best, *_ = np.linalg.lstsq(x_TK, x0_TK @ w_KN, rcond=None)
-    got = w_KN + least_squares.teacher_correction(hessian, drift, 1e-9) @ w_KN
+    got = w_KN + stats.teacher_correction(hessian, drift, 1e-9) @ w_KN
     np.testing.assert_allclose(got, best, atol=1e-5)
-    held = least_squares.teacher_correction(hessian, drift, 1e6) @ w_KN
+    held = stats.teacher_correction(hessian, drift, 1e6) @ w_KN
     assert np.abs(held).max() < 1e-5
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.artifact import write_graph
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import OptionError, PreconditionError
@@ -19,7 +20,6 @@ from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.sensitivity import Sensitivity
-from onnxpress.passes.quantization._allocation import Option, allocate
 from onnxpress.passes.quantization._fitted_errors import fitted_errors
 from onnxpress.passes.quantization._rounding import round_matrix
 from onnxpress.passes.quantization._weight_only import Format

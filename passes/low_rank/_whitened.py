@@ -1,0 +1,373 @@
+"""Splits weights into two thin factors that keep what matters for the text that runs through a model.
+
+Text is streamed twice. The first time nothing is changed: every matrix tells how much of its outputs each rank would
+lose, and the divergence of the model's predictions is measured with this matrix alone cut down. A knapsack solver then
+gives every matrix a rank, or leaves it whole, within one budget. The second time each matrix is fitted, in order, to
+what is left of the activation once those before it are cut down.
+
+Axes:    N out features, K in features, R rank
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnxpress.compiler import allocation, calibration, sizes, stats
+from onnxpress.compiler.allocation import Option, allocate
+from onnxpress.compiler.calibration import Calibration
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError
+from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.roles import KINDS
+from onnxpress.compiler.sensitivity import Sensitivity
+from onnxpress.compiler.stats import Stats
+from onnxpress.compiler.threads import workers
+from onnxpress.passes.low_rank import _pairs, _whitening
+from onnxpress.passes.low_rank._pairs import break_even, matrices, put_pair, rank_step
+from onnxpress.passes.low_rank._whitening import Activation, Floats, output_directions
+
+_RUINED = 1e6  # cost of a matrix without which the outputs are not finite
+_PROBED = 0.25  # share of the parameters that are gone while the cost of a matrix is measured, unless a ratio says
+_PER_PAIR = 400  # bytes that another node, two more weights and their names take in the graph at most
+
+
+@dataclass
+class _Site:
+    """One matrix, what is known of it, and what became of it."""
+
+    linears: list[Linear]
+    energy: Floats = field(default_factory=lambda: np.zeros(0))
+    cost: float = 0.0  # of the model, per unit of energy that is dropped
+    rank: int | None = None  # None: stays whole
+    result: tuple[Floats, ...] = ()  # the factors, or the refitted matrix
+    output_error: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.linears[0].name
+
+    @property
+    def parameters(self) -> int:
+        rows, columns = self.linears[0].shape
+        return rows * columns
+
+    @property
+    def itemsize(self) -> int:
+        tensor = self.linears[0].weight.const_value
+        assert tensor is not None
+        return tensor.nbytes // self.parameters
+
+    def ranks(self) -> list[int]:
+        """Ranks at which two factors are smaller than the matrix, from small to large."""
+        rows, columns = self.linears[0].shape
+        limit = break_even(rows, columns)
+        steps = rank_step(limit)
+        return [rank for rank in range(steps, math.ceil(limit), steps) if rank <= min(rows, columns)]
+
+    def nearest(self, ratio: float) -> int | None:
+        """The largest rank that removes this share of the parameters, None where there is none."""
+        limit = (1 - ratio) * break_even(*self.linears[0].shape) * (1 + 1e-12)
+        return max((rank for rank in self.ranks() if rank <= limit), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whitened(Pass):
+    """Base of passes that split matrices by what text shows of their activations."""
+
+    promise: ClassVar[Promise] = Promise.LOSSY
+
+    ratio: float | None = None  # share of the parameters of all matrices looked at to remove, in (0, 1)
+    size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes
+    kl: float | None = None  # KL divergence (nats per token) that may be lost, by what each matrix costs alone
+    allocation: Literal["kl", "energy", "uniform"] = "kl"  # ranks by loss of the model, of outputs, or one ratio
+    kinds: tuple[str, ...] = ()  # roles to split: "q", "gate", "down", ...; () for all
+    exclude: tuple[str, ...] = ()  # patterns of names that stay whole: "block0.*", "*.down"
+    tokens: int = 16384  # of calibration text
+    length: int = 1024  # tokens of a window
+    probe: int = 512  # tokens on which costs are measured
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [option for option in ("ratio", "size", "kl") if getattr(self, option) is not None]
+        if len(given) != 1:
+            raise OptionError(
+                f"{self.name()}: expected one of ratio, size and kl, got {' and '.join(given) or 'none'}",
+                hint=f"write {self.name()}(ratio=0.2)",
+            )
+        self.check(self.ratio is None or 0 < self.ratio < 1, "ratio", "between 0 and 1", "0.2 removes 20 %")
+        self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
+        self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.1 is a mild loss")
+        self.check(
+            self.allocation != "uniform" or self.ratio is not None, "allocation", "'kl' or 'energy' without a ratio"
+        )
+        self.check(self.kl is None or self.allocation == "kl", "allocation", "'kl' where kl is given")
+        self.check(set(self.kinds) <= set(KINDS), "kinds", f"among {', '.join(KINDS)}")
+        for option, least in (("tokens", 1), ("length", 1), ("probe", 16)):
+            self.check(getattr(self, option) >= least, option, f"at least {least}")
+
+    @abc.abstractmethod
+    def moments(self, stats: Stats) -> Floats:
+        """H by which errors at the inputs of a matrix are weighed, float64 [K, K]."""
+
+    def target(self, w_NK: Floats, stats: Stats) -> Floats:
+        """What the matrix is to be like given the activation that the compressed model sees, [N, K]."""
+        return w_NK
+
+    @property
+    def refits(self) -> bool:
+        """Whether matrices that stay whole become their target too."""
+        return False
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        report = Report()
+        found = matrices(model, report, self.name(), kinds=self.kinds, exclude=self.exclude)
+        sites = [_Site(linears) for linears in found]
+        for site in [one for one in sites if not one.ranks()]:
+            report.skip(site.name, "the matrix is too small")
+            sites.remove(site)
+        if not sites:
+            return report
+        if any(site.linears[0].weight.dtype == ir.DataType.BFLOAT16 for site in sites):
+            raise UnsupportedModelError(
+                f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
+                hint="use --target cuda (float16)",
+            )
+        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
+        windows = feeds(model.graph, ids_WS)
+        if self.allocation == "uniform":
+            for site in sites:
+                site.rank = site.nearest(self.ratio or 0.0)
+        else:
+            sites = self._price(model, sites, windows, context, report)
+            self._allocate(model, sites)
+        if sites and all(site.rank is None for site in sites):
+            raise OptionError(
+                f"{self.name()}: no matrix gets smaller with {str(self).partition('(')[2][:-1]}",
+                hint="ask for less to remain; ranks are multiples of 8, of 32 in matrices that break even at 128",
+            )
+        sites = self._fit(model, sites, windows, context, report)
+        for site in sites:
+            self._put(model.graph, site, report)
+        self._sum_up(sites, report)
+        return report
+
+    def _price(
+        self, model: ir.Model, sites: list[_Site], windows: list[dict[str, Any]], context: Context, report: Report
+    ) -> list[_Site]:
+        """Fills in energies and costs; sites of which the activation is not finite are left out, and said to be."""
+        label = f"{self.name()}: what each matrix costs"
+        wanted = [linear for site in sites for linear in site.linears]
+        site_of = {id(linear): site for site in sites for linear in site.linears}
+        sensitivity = None
+        if self.allocation == "kl":
+            ids_WS, facts = context.calibration.windows(self.probe, self.probe)
+            sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], wanted)
+            report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
+            if self.kl is not None and sensitivity.measure != "KL divergence":
+                raise OptionError(
+                    f"{self.name()}: kl has no meaning for a model without logits", hint="give ratio= or size="
+                )
+        section = context.journal.section(self.name(), "costs", str(self), context.target.name, identity())
+        seen: set[int] = set()
+        with Calibration(model, windows, wanted, context.work_dir) as run:
+            for number, stage in enumerate(context.track(run.stages, label)):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest)
+                group = run.observe(stage, with_stats=record is None)
+                first = [one for one in group.linears if id(site_of[id(one)]) not in seen]
+                seen |= {id(site_of[id(one)]) for one in first}
+                if record is None:
+                    record = self._costs([site_of[id(one)] for one in first], group.stats, sensitivity)
+                    section.write(str(number), digest, record)
+                for index, one in enumerate(first):
+                    site = site_of[id(one)]
+                    site.energy, site.cost = record[f"{index}.energy"], float(record[f"{index}.cost"])
+        for site in sites:
+            if not site.energy.size:
+                report.skip(site.name, "its weights or its activation are not finite on the calibration text")
+        return [site for site in sites if site.energy.size]
+
+    def _costs(self, sites: list[_Site], stats: Stats, sensitivity: Sensitivity | None) -> dict[str, Floats]:
+        record: dict[str, Floats] = {}
+        hessian_KK = self.moments(stats)
+        activation = Activation(hessian_KK)
+        for index, site in enumerate(sites):
+            w_NK = site.linears[0].w_NK()
+            record[f"{index}.energy"], record[f"{index}.cost"] = np.zeros(0), np.zeros(())
+            if not (np.isfinite(hessian_KK).all() and np.isfinite(w_NK).all()):
+                continue
+            found = output_directions(w_NK, activation)
+            whole = float(found.energy.sum())
+            cost = 1 / whole if whole > 0 else 0.0
+            if sensitivity is not None and whole > 0:
+                rank = site.nearest(self.ratio or _PROBED) or site.ranks()[0]
+                first, second = found.factors(w_NK, rank)
+                cut = site.linears[0].stored_form((first @ second).T.astype(np.float32))
+                lost = sensitivity.distance({id(site.linears[0].weight): cut})
+                dropped = found.dropped(rank)
+                cost = (lost if np.isfinite(lost) else _RUINED) / dropped if dropped > 0 else 0.0
+            record[f"{index}.energy"], record[f"{index}.cost"] = found.energy, np.array(cost)
+        return record
+
+    def _allocate(self, model: ir.Model, sites: list[_Site]) -> None:
+        """Gives every site its rank."""
+        ranks: list[list[int | None]] = [[*site.ranks(), None] for site in sites]
+        options = [[_option(site, rank) for rank in choices] for site, choices in zip(sites, ranks, strict=True)]
+        whole = sum(site.parameters * site.itemsize for site in sites)
+        least = sum(some[0].nbytes for some in options)
+        if self.kl is not None:
+            budget, low, high = float(whole), float(least), float(whole)
+            for _ in range(40):
+                budget = (low + high) / 2
+                chosen = allocate(options, budget)
+                cost = sum(some[index].cost for some, index in zip(options, chosen or [], strict=False))
+                low, high = (low, budget) if chosen is not None and cost <= self.kl else (budget, high)
+            budget = high
+        elif self.size is not None:
+            besides = sizes.bytes_besides(model, [site.linears[0].weight for site in sites])
+            besides += _PER_PAIR * sum(len(site.linears) for site in sites)
+            budget = (sizes.read(self.size) or 0) - besides
+        else:
+            besides, budget = 0, (1 - (self.ratio or 0.0)) * whole
+        chosen = allocate(options, budget)
+        if chosen is None:
+            nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
+            if self.size is not None:
+                nearest = f"size='{sizes.written(least + besides)}'"
+            raise OptionError(
+                f"{self.name()}: {'size' if self.size else 'ratio'}={self.size or self.ratio} cannot be met, all "
+                f"matrices at the smallest rank take {nearest}",
+                hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
+            )
+        for site, choices, index in zip(sites, ranks, chosen, strict=True):
+            site.rank = choices[index]
+
+    def _fit(
+        self, model: ir.Model, sites: list[_Site], windows: list[dict[str, Any]], context: Context, report: Report
+    ) -> list[_Site]:
+        """Fills in the results; sites of which the activation is not finite are left out, and said to be."""
+        site_of = {id(linear): site for site in sites for linear in site.linears}
+        wanted = [linear for site in sites for linear in site.linears]
+        plan = repr([(site.name, site.rank) for site in sites])
+        section = context.journal.section(self.name(), str(self), plan, context.target.name, identity())
+        resumed = 0
+        with Calibration(model, windows, wanted, context.work_dir) as run:
+            for number, stage in enumerate(context.track(run.stages, self.name())):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest)
+                resumed += record is not None
+                open_sites = [(one, site_of[id(one)]) for one in stage.linears if not site_of[id(one)].result]
+                group = run.observe(stage, with_stats=record is None and bool(open_sites))
+                if record is None:
+                    record = self._fitted(open_sites, group.stats)
+                    section.write(str(number), digest, record)
+                for index, (linear, site) in enumerate(open_sites):
+                    result = [record[key] for key in (f"{index}.0", f"{index}.1") if key in record]
+                    if result:
+                        site.output_error = float(record[f"{index}.error"])
+                        dense = result[0] if len(result) == 1 else result[0] @ result[1]
+                        group.replace(linear, np.asarray(dense.T, np.float32))
+                        site.result = tuple(_on_disk(one, context.work_dir) for one in result)
+        if resumed:
+            report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
+        for site in sites:
+            if site.rank is not None and not site.result:
+                report.skip(site.name, "its weights or its activation are not finite on the calibration text")
+        return [site for site in sites if site.rank is None or site.result]
+
+    def _fitted(self, open_sites: Sequence[tuple[Linear, _Site]], stats: Stats) -> dict[str, Floats]:
+        """Factors, or a refitted matrix, of each site, and its error; nothing of what is not finite or stays."""
+        record: dict[str, Floats] = {}
+        hessian_KK = self.moments(stats)
+        activation = Activation(hessian_KK)
+        for index, (linear, site) in enumerate(open_sites):
+            if site.rank is None and not (self.refits and stats.drift_KK is not None):
+                continue
+            w_NK = linear.w_NK()
+            target_NK = self.target(w_NK, stats)
+            if not (np.isfinite(hessian_KK).all() and np.isfinite(target_NK).all()):
+                continue
+            dtype = linear.weight.dtype
+            assert dtype is not None
+            if site.rank is None:
+                record[f"{index}.0"] = np.ascontiguousarray(target_NK.T, dtype.numpy())
+                record[f"{index}.error"] = np.zeros(())
+                continue
+            found = output_directions(target_NK, activation)
+            pair = found.factors(target_NK, site.rank)
+            record[f"{index}.0"], record[f"{index}.1"] = (np.ascontiguousarray(one, dtype.numpy()) for one in pair)
+            whole = float(found.energy.sum())
+            record[f"{index}.error"] = np.array(math.sqrt(found.dropped(site.rank) / whole) if whole > 0 else 0.0)
+        return record
+
+    def _put(self, graph: ir.Graph, site: _Site, report: Report) -> None:
+        linear, result = site.linears[0], site.result
+        rows, columns = linear.shape
+        facts: dict[str, Any] = {"kind": linear.kind, "shape": [rows, columns], "parameters_before": rows * columns}
+        if len(result) == 2:
+            report.change(
+                site.name,
+                **facts,
+                rank=site.rank,
+                parameters_after=(site.rank or 0) * (rows + columns),
+                output_error=site.output_error,
+            )
+            put_pair(graph, site.linears, *result)
+        elif result:
+            report.change(site.name, **facts, parameters_after=rows * columns)
+            for one in site.linears:
+                one.set_weight(lambda: np.asarray(result[0].T, np.float32), f"{site.name}.refitted")
+        else:
+            report.skip(site.name, "stays whole: no rank below its break-even is worth what it costs")
+
+    def _sum_up(self, sites: list[_Site], report: Report) -> None:
+        split = [row for row in report.ledger if "rank" in row]
+        before = sum(site.parameters for site in sites)
+        after = before + sum(row["parameters_after"] - row["parameters_before"] for row in split)
+        report.metrics |= {"parameters_before": before, "parameters_after": after}
+        if split:
+            squares = [row["output_error"] ** 2 for row in split]
+            report.metrics["output_error"] = math.sqrt(sum(squares) / len(squares))
+        kinds: dict[str, list[str]] = {}
+        for site in sites:
+            kinds.setdefault(site.linears[0].kind, []).append("whole" if site.rank is None else str(site.rank))
+        removed = f"{1 - after / before:.1%} of their parameters removed"
+        report.notes += [
+            f"{len(split)} of {len(sites)} matrices split, {removed}; ranks:",
+            *(f"  {kind}: {' '.join(ranks)}" for kind, ranks in kinds.items()),
+        ]
+
+
+def identity() -> str:
+    """Of everything that may change a last bit: results of another state are not resumed."""
+    sources = [__file__, *(one.__file__ for one in (allocation, calibration, stats, _pairs, _whitening))]
+    digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
+    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
+
+
+def _option(site: _Site, rank: int | None) -> Option:
+    if rank is None:
+        return Option(0.0, site.parameters * site.itemsize)
+    rows, columns = site.linears[0].shape
+    return Option(site.cost * float(site.energy[rank:].sum()), rank * (rows + columns) * site.itemsize)
+
+
+def _on_disk(array: Floats, folder: Path | None) -> Floats:
+    """The same array, in a file where there is a folder for it: all factors together are a model."""
+    if folder is None:
+        return array
+    path = folder / f"factor-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
+    np.save(path, array)
+    mapped: Floats = np.load(path, mmap_mode="r")
+    return mapped
