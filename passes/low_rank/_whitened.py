@@ -39,6 +39,7 @@ from onnxpress.passes.low_rank._whitening import Activation, Floats, output_dire
 
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _PROBED = 0.25  # share of the parameters that are gone while the cost of a matrix is measured, unless a ratio says
+_PRICED_TOKENS = 4096  # of text that tell what ranks lose; fitting reads all that was asked for
 _PER_PAIR = 400  # bytes that another node, two more weights and their names take in the graph at most
 
 
@@ -180,7 +181,8 @@ class Whitened(Pass):
                 )
         section = context.journal.section(self.name(), "costs", str(self), context.target.name, identity())
         seen: set[int] = set()
-        with Calibration(model, windows, wanted, context.work_dir) as run:
+        few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
+        with Calibration(model, few, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, label)):
                 digest = run.digest(stage)
                 record = section.read(str(number), digest)
