@@ -9,12 +9,15 @@ Axes: T tokens, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxpress.compiler.calibration import Array, Feeds, Stage, call, divide, open_session
+from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import CalibrationError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.probe import kl_divergence, log_softmax
@@ -63,6 +66,26 @@ class Sensitivity:
             raise CalibrationError("the model's outputs are not finite on the calibration text", hint="try other text")
         self._step = max(1, -(-output.size // output.shape[-1] // _POSITIONS))
         self._reference = self._outcome(output)
+
+    @classmethod
+    def on_text(
+        cls, model: ir.Model, text: CalibrationText, tokens: int, linears: Sequence[Linear]
+    ) -> tuple[Sensitivity, npt.NDArray[np.int64], dict[str, Any]]:
+        """On one window of calibration text; also its ids [W, S], of which the first row is used, and facts about it.
+
+        Args:
+            model: see above.
+            text: gives the window.
+            tokens: of the window; the option `probe` of passes.
+            linears: see above.
+        """
+        ids_WS, facts = text.windows(tokens, tokens)
+        try:
+            return cls(model, feeds(model.graph, ids_WS[:1])[0], linears), ids_WS, facts
+        except CalibrationError as error:
+            if error.hint and "length=" in error.hint:
+                error.hint = "does the model take fewer tokens at once? try a smaller probe="
+            raise
 
     def distance(self, replacements: Mapping[int, Array]) -> float:
         """How far the output moves when weights are replaced.

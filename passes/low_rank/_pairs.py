@@ -41,8 +41,10 @@ def balanced(first_KR: Floats, second_RN: Floats) -> tuple[Floats, Floats]:
 
 def matrices(
     model: ir.Model, report: Report, label: str, *, kinds: Sequence[str], exclude: Sequence[str]
-) -> list[list[Linear]]:
-    """The float matrices that may be split, each with the linears that multiply with it; others go to the report.
+) -> tuple[list[list[Linear]], list[Linear]]:
+    """The float matrices that may be split, each with the linears that multiply with it, and the pairs there are.
+
+    All others go to the report, and pairs too.
 
     Raises:
         OptionError: a kind or a pattern means nothing in this model.
@@ -57,6 +59,7 @@ def matrices(
             known = ", ".join(sorted({linear.kind for linear in linears}))
             raise OptionError(f"{label}: this model has no linear of kind {kind!r}", hint=f"it has: {known}")
     sites: dict[tuple[int, bool], list[Linear]] = {}
+    pairs = []
     for linear in linears:
         if kinds and linear.kind not in kinds:
             report.skip(linear.name, "not among the kinds asked for")
@@ -64,13 +67,14 @@ def matrices(
             report.skip(linear.name, "excluded")
         elif linear.factors is not None:
             report.skip(linear.name, "already a pair of low rank")
+            pairs.append(linear)
         elif linear.is_quantized:
             report.skip(linear.name, "quantized; decompose before quantizing")
         elif id(linear) in tables:
             report.skip(linear.name, "shares its bytes with the embedding")
         else:
             sites.setdefault((id(linear.weight), linear.is_turned()), []).append(linear)
-    return list(sites.values())
+    return list(sites.values()), pairs
 
 
 def put_pair(graph: ir.Graph, linears: Sequence[Linear], first_KR: Floats, second_RN: Floats) -> None:

@@ -51,6 +51,7 @@ class _Site:
     energy: Floats = field(default_factory=lambda: np.zeros(0))
     cost: float = 0.0  # of the model, per unit of energy that is dropped
     rank: int | None = None  # None: stays whole
+    expected: float = 0.0  # cost of that
     result: tuple[Floats, ...] = ()  # the factors, or the refitted matrix
     output_error: float = 0.0
 
@@ -132,12 +133,13 @@ class Whitened(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
-        found = matrices(model, report, self.name(), kinds=self.kinds, exclude=self.exclude)
+        found, pairs = matrices(model, report, self.name(), kinds=self.kinds, exclude=self.exclude)
         sites = [_Site(linears) for linears in found]
         for site in [one for one in sites if not one.ranks()]:
             report.skip(site.name, "the matrix is too small")
             sites.remove(site)
-        if not sites:
+        self._check_need(model, sites, pairs)
+        if not sites or self._is_met(sites, pairs):
             return report
         if any(site.linears[0].weight.dtype == ir.DataType.BFLOAT16 for site in sites):
             raise UnsupportedModelError(
@@ -151,17 +153,40 @@ class Whitened(Pass):
                 site.rank = site.nearest(self.ratio or 0.0)
         else:
             sites = self._price(model, sites, windows, context, report)
-            self._allocate(model, sites)
-        if sites and all(site.rank is None for site in sites):
+            self._allocate(model, sites, pairs)
+        if not pairs and sites and all(site.rank is None for site in sites):
             raise OptionError(
                 f"{self.name()}: no matrix gets smaller with {str(self).partition('(')[2][:-1]}",
                 hint="ask for less to remain; ranks are multiples of 8, of 32 in matrices that break even at 128",
             )
         sites = self._fit(model, sites, windows, context, report)
+        is_kl = "KL divergence" in report.calibration.get("costs", "")
         for site in sites:
-            self._put(model.graph, site, report)
+            self._put(model.graph, site, report, is_kl=is_kl)
         self._sum_up(sites, report)
+        if is_kl:
+            report.metrics["expected_kl"] = sum(site.expected for site in sites)
         return report
+
+    def _check_need(self, model: ir.Model, sites: list[_Site], pairs: list[Linear]) -> None:
+        """Raises OptionError for a size that the model has without this pass."""
+        present = sizes.bytes_besides(model, [])
+        if self.size is not None and sites and not pairs and present <= (sizes.read(self.size) or 0):
+            raise OptionError(
+                f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(present)}",
+                hint="ask for less than that, or leave the pass out",
+            )
+
+    def _removed(self, pairs: list[Linear]) -> int:
+        """Parameters that are gone already."""
+        return sum(
+            one.num_out * one.num_in - sum(half.num_out * half.num_in for half in one.factors or ()) for one in pairs
+        )
+
+    def _is_met(self, sites: list[_Site], pairs: list[Linear]) -> bool:
+        """Whether matrices that were split before make up for the ratio."""
+        whole = sum(site.parameters for site in sites) + sum(one.num_out * one.num_in for one in pairs)
+        return self.ratio is not None and bool(pairs) and self._removed(pairs) >= self.ratio * whole * (1 - 1e-3)
 
     def _price(
         self, model: ir.Model, sites: list[_Site], windows: list[dict[str, Any]], context: Context, report: Report
@@ -170,10 +195,9 @@ class Whitened(Pass):
         label = f"{self.name()}: what each matrix costs"
         wanted = [linear for site in sites for linear in site.linears]
         site_of = {id(linear): site for site in sites for linear in site.linears}
-        sensitivity = None
+        sensitivity: Sensitivity | None = None
         if self.allocation == "kl":
-            ids_WS, facts = context.calibration.windows(self.probe, self.probe)
-            sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], wanted)
+            sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
             report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
             if self.kl is not None and sensitivity.measure != "KL divergence":
                 raise OptionError(
@@ -222,7 +246,7 @@ class Whitened(Pass):
             record[f"{index}.energy"], record[f"{index}.cost"] = found.energy, np.array(cost)
         return record
 
-    def _allocate(self, model: ir.Model, sites: list[_Site]) -> None:
+    def _allocate(self, model: ir.Model, sites: list[_Site], pairs: list[Linear]) -> None:
         """Gives every site its rank."""
         ranks: list[list[int | None]] = [[*site.ranks(), None] for site in sites]
         options = [[_option(site, rank) for rank in choices] for site, choices in zip(sites, ranks, strict=True)]
@@ -241,7 +265,9 @@ class Whitened(Pass):
             besides += _PER_PAIR * sum(len(site.linears) for site in sites)
             budget = (sizes.read(self.size) or 0) - besides
         else:
-            besides, budget = 0, (1 - (self.ratio or 0.0)) * whole
+            itemsize = sites[0].itemsize if sites else 0
+            asked = (self.ratio or 0.0) * (whole + sum(one.num_out * one.num_in for one in pairs) * itemsize)
+            besides, budget = 0, whole - asked + self._removed(pairs) * itemsize
         chosen = allocate(options, budget)
         if chosen is None:
             nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
@@ -252,8 +278,14 @@ class Whitened(Pass):
                 f"matrices at the smallest rank take {nearest}",
                 hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
             )
-        for site, choices, index in zip(sites, ranks, chosen, strict=True):
-            site.rank = choices[index]
+        for site, choices, some, index in zip(sites, ranks, options, chosen, strict=True):
+            site.rank, site.expected = choices[index], some[index].cost
+        if self.kl is not None and all(site.rank is None for site in sites):
+            least_cost = min(some[-2].cost for some in options)
+            raise OptionError(
+                f"{self.name()}: kl={self.kl} cannot be met, the least that a matrix costs is {least_cost:.2g}",
+                hint=f"the nearest is kl={least_cost * 1.1:.2g}",
+            )
 
     def _fit(
         self, model: ir.Model, sites: list[_Site], windows: list[dict[str, Any]], context: Context, report: Report
@@ -313,7 +345,7 @@ class Whitened(Pass):
             record[f"{index}.error"] = np.array(math.sqrt(found.dropped(site.rank) / whole) if whole > 0 else 0.0)
         return record
 
-    def _put(self, graph: ir.Graph, site: _Site, report: Report) -> None:
+    def _put(self, graph: ir.Graph, site: _Site, report: Report, *, is_kl: bool) -> None:
         linear, result = site.linears[0], site.result
         rows, columns = linear.shape
         facts: dict[str, Any] = {"kind": linear.kind, "shape": [rows, columns], "parameters_before": rows * columns}
@@ -324,6 +356,7 @@ class Whitened(Pass):
                 rank=site.rank,
                 parameters_after=(site.rank or 0) * (rows + columns),
                 output_error=site.output_error,
+                **({"expected_kl": site.expected} if is_kl else {}),
             )
             put_pair(graph, site.linears, *result)
         elif result:

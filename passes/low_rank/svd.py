@@ -139,7 +139,8 @@ class Svd(Pass):
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
-        sites = [_Site(found) for found in matrices(model, report, "svd", kinds=self.kinds, exclude=self.exclude)]
+        found, _ = matrices(model, report, "svd", kinds=self.kinds, exclude=self.exclude)
+        sites = [_Site(linears) for linears in found]
         error = total = 0.0
         before = after = 0
         for site in _decomposed(sites, self._decompose, context):

@@ -23,8 +23,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import sizes
 from onnxpress.compiler.allocation import Option, allocate
-from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import CalibrationError, OptionError, PreconditionError, UnsupportedModelError
+from onnxpress.compiler.errors import OptionError, PreconditionError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
@@ -122,7 +121,6 @@ class Mixed(Pass):
         if not items:
             self._check_size(model)
             return self._inner({}).run(model, context)  # says why of each matrix
-        ids_WS, facts = context.calibration.windows(self.probe, self.probe)
         sites = [site for item in items for site in item.sites]
         if any(site.dtype == ir.DataType.BFLOAT16 for site in sites):
             raise UnsupportedModelError(
@@ -130,12 +128,7 @@ class Mixed(Pass):
                 hint="use --target cuda (float16), or rtn",
             )
         linears = [linear for site in sites for linear in site.linears]
-        try:
-            sensitivity = Sensitivity(model, feeds(model.graph, ids_WS[:1])[0], linears)
-        except CalibrationError as error:
-            if error.hint and "length=" in error.hint:
-                error.hint = "does the model take fewer tokens at once? try a smaller probe="
-            raise
+        sensitivity, ids_WS, facts = Sensitivity.on_text(model, context.calibration, self.probe, linears)
         measure = sensitivity.measure
         if self.kl is not None and measure != "KL divergence":
             raise OptionError("mixed: kl has no meaning for a model without logits", hint="give size= or bits=")
