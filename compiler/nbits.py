@@ -95,8 +95,12 @@ def add_initializer(graph: ir.Graph, base: str, array: npt.NDArray[Any]) -> ir.V
     return value
 
 
-def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.Node:
+def replace_linear(
+    linear: Linear, stored: Stored, accuracy_level: int, side: tuple[Stored, Stored] | None = None
+) -> ir.Node:
     """Puts a MatMulNBits in the place of the linear's node; a bias that the node adds becomes an Add behind it.
+
+    The outputs of `side`, two matrices [R, K] and [N, R] one after the other, are added to its own.
 
     `linear` is updated to what it is afterwards, so that nothing keeps the old weight alive.
     """
@@ -108,12 +112,23 @@ def replace_linear(linear: Linear, stored: Stored, accuracy_level: int) -> ir.No
     assert activation is not None
     multiply = _matmul_node(activation, stored, accuracy_level, node.name)
     new_nodes = [multiply]
+    if side is not None:
+        narrow = _matmul_node(activation, side[0], accuracy_level, f"{node.name}/A")
+        wide = _matmul_node(narrow.outputs[0], side[1], accuracy_level, f"{node.name}/B")
+        shape = None if linear.output.shape is None else [*linear.output.shape][:-1]
+        for one, inner, width in ((narrow, "inner", side[0]), (wide, "repair", side[1])):
+            _describe(one.outputs[0], linear.output, f"{linear.output.name}/{inner}")
+            one.outputs[0].shape = None if shape is None else ir.Shape([*shape, width.matrix.codes.shape[0]])
+        _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/rounded")
+        whole = ir.Node("", "Add", [multiply.outputs[0], wide.outputs[0]], name=f"{node.name}/repair")
+        new_nodes += [narrow, wide, whole]
     slots = {"Gemm": 2, "MatMulNBits": 5, **{name: one.bias for name, one in OPERATORS.items()}}
     index = slots.get(linear.holder)
     bias = node.inputs[index] if index is not None and len(node.inputs) > index else None
     if bias is not None:
-        _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/product")
-        new_nodes.append(ir.Node("", "Add", [multiply.outputs[0], bias], name=f"{node.name}/bias"))
+        product = new_nodes[-1].outputs[0]
+        _describe(product, linear.output, f"{linear.output.name}/product")
+        new_nodes.append(ir.Node("", "Add", [product, bias], name=f"{node.name}/bias"))
     old_nodes = [node]
     if linear.holder == "Transpose+MatMul":
         turned = node.inputs[1].producer()  # type: ignore[union-attr]

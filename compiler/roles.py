@@ -23,12 +23,16 @@ def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) ->
     boundary = {id(node) for block in blocks for node in block.residuals}
     outputs = {id(value) for value in graph.outputs}
     starts = {id(one.node) for one in linears} | {id(one.factors[0].node) for one in linears if one.factors}
-    for one in linears:
+    sides = _sides(linears)
+    ends = {id(one.output) for one, _, _ in sides}
+    apart = {id(one) for one, _, _ in sides}
+    mains = [one for one in linears if id(one) not in apart]
+    for one in mains:
         one.block = block_of.get(id(one.node))
         one.kind = _kind(one, starts, boundary, outputs)
-    _split_gate_up(linears)
+    _split_gate_up(mains, ends)
     used: dict[str, int] = {}
-    for one in linears:
+    for one in mains:
         if one.kind == "linear":
             base = one.name
         else:
@@ -38,6 +42,29 @@ def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) ->
         if one.factors is not None:
             for factor, end in zip(one.factors, ("A", "B"), strict=True):
                 factor.name, factor.block, factor.kind = f"{one.name}.{end}", one.block, one.kind
+    for one, main, end in sides:
+        one.name, one.block, one.kind = f"{main.name}.side{end}", main.block, main.kind
+        for factor, letter in zip(one.factors or (), "AB", strict=False):
+            factor.name, factor.block, factor.kind = f"{one.name}.{letter}", one.block, one.kind
+
+
+def _sides(linears: list[Linear]) -> list[tuple[Linear, Linear, str]]:
+    """Products of two thin matrices that are added to what a linear gives: (pair or factor, that linear, its end)."""
+    by_output = {id(one.output): one for one in linears}
+    found: list[tuple[Linear, Linear, str]] = []
+    for wide in linears:
+        narrow = None if wide.factors is not None else by_output.get(id(wide.activation))
+        if wide.factors is None and (narrow is None or narrow.num_out >= min(narrow.num_in, wide.num_out)):
+            continue
+        readers = wide.output.consumers()
+        if len(readers) != 1 or readers[0].op_type != "Add" or len(narrow.output.uses() if narrow else [0]) != 1:
+            continue
+        start = wide.activation if narrow is None else narrow.activation
+        for value in readers[0].inputs:
+            main = by_output.get(id(value))
+            if main is not None and main is not wide and main.activation is start and len(main.output.uses()) == 1:
+                found += [(wide, main, "")] if narrow is None else [(narrow, main, ".A"), (wide, main, ".B")]
+    return found
 
 
 _PRODUCTS = ("Gemm", "MatMulNBits", *OPERATORS)
@@ -170,10 +197,11 @@ def _reaches(value: ir.Value, outputs: set[int], starts: set[int]) -> bool:
 _ACTIVATIONS = ("Sigmoid", "QuickGelu", "Gelu", "FastGelu", "Erf", "Tanh", "Relu", "Swish", "BiasGelu")
 
 
-def _split_gate_up(linears: list[Linear]) -> None:
+def _split_gate_up(linears: list[Linear], sides: set[int]) -> None:
     """Of two linears whose outputs are multiplied, the one that an activation function touches is the gate.
 
-    Where only one reads the activation, the layer is not gated, and it is the one that goes up (GPT-2).
+    Where only one reads the activation, the layer is not gated, and it is the one that goes up (GPT-2). `sides` are
+    outputs that are added to that of a linear.
     """
     together = Counter(id(one.source) for one in linears if one.kind == "gate_up")
     for one in linears:
@@ -181,7 +209,7 @@ def _split_gate_up(linears: list[Linear]) -> None:
             continue
         value, activated = one.output, False
         consumers = value.consumers()
-        while len(consumers) == 1 and consumers[0].op_type == "Add" and _adds_constant(consumers[0]):
+        while len(consumers) == 1 and consumers[0].op_type == "Add" and _adds_more(consumers[0], sides):
             value = consumers[0].outputs[0]
             consumers = value.consumers()
         if any(node.op_type == "Split" or node.op_type == "Slice" for node in consumers):
@@ -191,5 +219,5 @@ def _split_gate_up(linears: list[Linear]) -> None:
         one.kind = "gate" if activated and gated and together[id(one.source)] > 1 else "up"
 
 
-def _adds_constant(node: ir.Node) -> bool:
-    return any(value is not None and value.is_initializer() for value in node.inputs)
+def _adds_more(node: ir.Node, sides: set[int]) -> bool:
+    return any(value is not None and (value.is_initializer() or id(value) in sides) for value in node.inputs)

@@ -9,7 +9,6 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -29,14 +28,6 @@ def break_even(rows: int, columns: int) -> float:
 def rank_step(rank: float) -> int:
     """What ranks of this size are a multiple of: blocks of a later quantization then run without padding."""
     return 32 if rank >= 128 else 8
-
-
-def balanced(first_KR: Floats, second_RN: Floats) -> tuple[Floats, Floats]:
-    """The same product with factors of equal norms, direction by direction: neither overflows where types are short."""
-    tiny = np.finfo(np.float64).tiny
-    ratio_R = np.sqrt(np.maximum(np.square(second_RN).sum(axis=1), tiny))
-    ratio_R = np.sqrt(ratio_R / np.sqrt(np.maximum(np.square(first_KR).sum(axis=0), tiny)))
-    return first_KR * ratio_R, second_RN / ratio_R[:, None]
 
 
 def matrices(

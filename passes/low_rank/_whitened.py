@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import allocation, calibration, sizes, stats
+from onnxpress.compiler import allocation, calibration, sizes, stats, whitening
 from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
@@ -33,9 +33,9 @@ from onnxpress.compiler.roles import KINDS
 from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.compiler.stats import Stats
 from onnxpress.compiler.threads import workers
-from onnxpress.passes.low_rank import _pairs, _whitening
+from onnxpress.compiler.whitening import Activation, Floats, output_directions
+from onnxpress.passes.low_rank import _pairs
 from onnxpress.passes.low_rank._pairs import break_even, matrices, put_pair, rank_step
-from onnxpress.passes.low_rank._whitening import Activation, Floats, output_directions
 
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _PROBED = 0.25  # share of the parameters that are gone while the cost of a matrix is measured, unless a ratio says
@@ -386,7 +386,7 @@ class Whitened(Pass):
 
 def identity() -> str:
     """Of everything that may change a last bit: results of another state are not resumed."""
-    sources = [__file__, *(one.__file__ for one in (allocation, calibration, stats, _pairs, _whitening))]
+    sources = [__file__, *(one.__file__ for one in (allocation, calibration, stats, whitening, _pairs))]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
 

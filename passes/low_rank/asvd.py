@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.stats import Stats
+from onnxpress.compiler.whitening import Floats
 from onnxpress.passes.low_rank._whitened import Whitened
-from onnxpress.passes.low_rank._whitening import Floats
 
 
 @dataclass(frozen=True, kw_only=True)

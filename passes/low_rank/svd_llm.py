@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.stats import Stats, teacher_correction
+from onnxpress.compiler.whitening import Floats
 from onnxpress.passes.low_rank._whitened import Whitened
-from onnxpress.passes.low_rank._whitening import Floats
 
 _TOKENS_PER_FEATURE = 5  # from which on the ridge is what was asked for
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import calibration, packing, scales, stats
+from onnxpress.compiler import calibration, packing, scales, stats, whitening
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
@@ -110,7 +112,9 @@ class Calibrated(WeightOnly):
     ) -> None:
         """Puts the codes of every site into `found`, or its id into `unfit`, as text gets there."""
         windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
-        section = context.journal.section(str(self), context.target.name, identity())
+        section = context.journal.section(
+            str(self), context.target.name, identity(sys.modules[type(self).__module__], whitening)
+        )
         resumed = 0
         with Calibration(model, windows, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, self.name())):
@@ -129,9 +133,20 @@ class Calibrated(WeightOnly):
                 for linear, coded in zip(group.linears, done, strict=True):
                     # Where layers share a weight, the first of them decides.
                     coded = found.setdefault(id(site_of[id(linear)]), coded)
-                    group.replace(linear, coded.matrix.w_NK())
+                    group.replace(linear, coded.w_NK())
         if resumed:
             report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
+
+    def prepared(self, group: Group) -> tuple[least_squares.Moments, Floats | None]:
+        """Second moments of what a group reads, and C: W^T + C W^T is what its codes are to be like; None for W^T."""
+        # Few tokens (an expert that is seldom chosen) say little about how features go together: the more damping, the
+        # more the fit becomes rounding by importance.
+        scarcity = max(1.0, _TOKENS_PER_FEATURE * group.stats.num_in / max(group.stats.count, 1))
+        moments = least_squares.Moments(group.stats.hessian_KK, self.damping * scarcity)
+        if not self.teacher or group.stats.drift_KK is None:
+            return moments, None
+        drift_KK = group.stats.drift_KK / group.stats.count
+        return moments, stats.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
 
     def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
         """Codes of the linears of a group, which share an activation; those of one format are fitted together."""
@@ -139,14 +154,7 @@ class Calibrated(WeightOnly):
         for linear in group.linears:
             site = site_of[id(linear)]
             together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
-        # Few tokens (an expert that is seldom chosen) say little about how features go together: the more damping, the
-        # more the fit becomes rounding by importance.
-        scarcity = max(1.0, _TOKENS_PER_FEATURE * group.stats.num_in / max(group.stats.count, 1))
-        moments = least_squares.Moments(group.stats.hessian_KK, self.damping * scarcity)
-        correction_KK = None
-        if self.teacher and group.stats.drift_KK is not None:
-            drift_KK = group.stats.drift_KK / group.stats.count
-            correction_KK = stats.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
+        moments, correction_KK = self.prepared(group)
         parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
         for (chosen, dtype), linears in together.items():
             for pieces in _batches(linears):
@@ -158,7 +166,7 @@ class Calibrated(WeightOnly):
                     rows = slice(start, start + len(w_NK))
                     start = rows.stop
                     own = steps_KN[:, rows], grid.rows(rows)
-                    parts[id(linear)].append(_coded(w_NK, *own, chosen, dtype, moments))
+                    parts[id(linear)].append(coded_steps(w_NK, *own, chosen, dtype, moments))
         return [_joined(parts[id(linear)]) for linear in group.linears]
 
 
@@ -192,12 +200,10 @@ def solve(
     return steps_KN, grid
 
 
-def identity() -> str:
+def identity(*others: ModuleType) -> str:
     """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
-    sources = [
-        __file__,
-        *(module.__file__ for module in (calibration, stats, scales, least_squares, _grids, _rounding)),
-    ]
+    modules = (calibration, stats, scales, least_squares, _grids, _rounding, *others)
+    sources = [__file__, *(module.__file__ for module in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
 
@@ -225,15 +231,16 @@ def _batches(linears: list[Linear]) -> Iterator[list[tuple[Linear, Floats]]]:
         yield batch
 
 
-def _coded(
+def coded_steps(
     w_NK: Floats,
     steps_KN: Floats,
     grid: least_squares.Grid,
     chosen: Format,
     dtype: np.dtype[Any],
     moments: least_squares.Moments,
+    side: tuple[CodedMatrix, CodedMatrix] | None = None,
 ) -> Coded:
-    """Codes in the layout of ONNX Runtime, and how far they are from the weights."""
+    """Codes in the layout of ONNX Runtime, and how far they, and what is added to them, are from the weights."""
     columns, rows = steps_KN.shape
     groups, b = len(grid.scale_GN), grid.block_size
     codes = np.full((groups * b, rows), grid.zero_GN.flat[0], np.uint8)  # what pads the last block does not matter
@@ -246,32 +253,43 @@ def _coded(
     scale_NG = np.ascontiguousarray(grid.scale_GN.T).astype(dtype)
     matrix = CodedMatrix(np.ascontiguousarray(packed), scale_NG, zero, columns, chosen.bits, b)
     error_KN = steps_KN * grid.spread(grid.scale_GN, columns) - w_NK.T
+    if side is not None:
+        error_KN += (side[1].w_NK() @ side[0].w_NK()).T
     facts = {
         "error": least_squares.quadratic(error_KN, moments.plain_KK),
         "energy": least_squares.quadratic(w_NK.T, moments.plain_KK),
     }
-    return Coded(matrix, float(np.vdot(error_KN, error_KN)), float(np.vdot(w_NK, w_NK)), facts)
+    return Coded(matrix, float(np.vdot(error_KN, error_KN)), float(np.vdot(w_NK, w_NK)), facts, side)
 
 
 def _record(done: list[Coded]) -> dict[str, Any]:
     """What `_read` makes the same `Coded` of again."""
     record: dict[str, Any] = {}
-    for index, (matrix, loss, norm, facts) in enumerate(done):
-        record[f"{index}.codes"], record[f"{index}.scale"] = matrix.codes, matrix.scale
-        if matrix.zero is not None:
-            record[f"{index}.zero"] = matrix.zero
-        record[f"{index}.sizes"] = np.array([matrix.num_in, matrix.bits, matrix.block_size])
-        record[f"{index}.numbers"] = np.array([loss, norm, facts["output_error"]])
+    for index, coded in enumerate(done):
+        for name, matrix in zip(
+            (f"{index}", f"{index}.A", f"{index}.B"), (coded.matrix, *(coded.side or ())), strict=False
+        ):
+            record[f"{name}.codes"], record[f"{name}.scale"] = matrix.codes, matrix.scale
+            if matrix.zero is not None:
+                record[f"{name}.zero"] = matrix.zero
+            record[f"{name}.sizes"] = np.array([matrix.num_in, matrix.bits, matrix.block_size])
+        record[f"{index}.numbers"] = np.array([coded.loss, coded.norm, coded.facts["output_error"]])
     return record
 
 
 def _read(record: dict[str, Any], index: int) -> Coded:
-    num_in, bits, block_size = (int(number) for number in record[f"{index}.sizes"])
-    codes, scale, zero = (record.get(f"{index}.{name}") for name in ("codes", "scale", "zero"))
-    assert codes is not None
-    assert scale is not None
     loss, norm, error = (float(number) for number in record[f"{index}.numbers"])
-    return Coded(CodedMatrix(codes, scale, zero, num_in, bits, block_size), loss, norm, {"output_error": error})
+    side = None
+    if f"{index}.A.codes" in record:
+        side = _matrix(record, f"{index}.A"), _matrix(record, f"{index}.B")
+    facts = {"output_error": error, **({} if side is None else {"rank": len(side[0].codes)})}
+    return Coded(_matrix(record, f"{index}"), loss, norm, facts, side)
+
+
+def _matrix(record: dict[str, Any], name: str) -> CodedMatrix:
+    num_in, bits, block_size = (int(number) for number in record[f"{name}.sizes"])
+    zero = record.get(f"{name}.zero")
+    return CodedMatrix(record[f"{name}.codes"], record[f"{name}.scale"], zero, num_in, bits, block_size)
 
 
 def _joined(parts: list[Coded]) -> Coded:

@@ -61,6 +61,12 @@ class Coded(NamedTuple):
     loss: float
     norm: float
     facts: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    side: tuple[CodedMatrix, CodedMatrix] | None = None  # [R, K] and [N, R], whose product is added
+
+    def w_NK(self) -> Floats:  # noqa: N802
+        """What it computes with, float32 [N, K]."""
+        w_NK = self.matrix.w_NK()
+        return w_NK if self.side is None else w_NK + self.side[1].w_NK() @ self.side[0].w_NK()
 
 
 @dataclass
@@ -72,6 +78,7 @@ class Site:
     read: Callable[[], Floats]
     dtype: ir.DataType
     shape: tuple[int, int]
+    rank: int = 0  # of the product that is added to what is rounded
     linears: list[Linear] = field(default_factory=list)
     embeddings: list[Embedding] = field(default_factory=list)
 
@@ -192,10 +199,11 @@ class WeightOnly(Pass):
             if not math.isfinite(coded.norm):
                 report.skip(site.name, "weights are not finite")
                 continue
-            matrix = coded.matrix
-            put(model.graph, site, matrix, self.accuracy_level, context)
+            matrix, sides = coded.matrix, coded.side or ()
+            put(model.graph, site, matrix, self.accuracy_level, context, coded.side)
             loss, norm = loss + coded.loss, norm + coded.norm
-            weights, nbytes = weights + site.shape[0] * site.shape[1], nbytes + matrix.nbytes
+            weights += site.shape[0] * site.shape[1]
+            nbytes += matrix.nbytes + sum(one.nbytes for one in sides)
             note(
                 report,
                 site,
@@ -357,12 +365,20 @@ def note(report: Report, site: Site, matrix: CodedMatrix, **facts: Any) -> None:
     )
 
 
-def put(graph: ir.Graph, site: Site, matrix: CodedMatrix, accuracy_level: int, context: Context) -> None:
+def put(
+    graph: ir.Graph,
+    site: Site,
+    matrix: CodedMatrix,
+    accuracy_level: int,
+    context: Context,
+    side: tuple[CodedMatrix, CodedMatrix] | None = None,
+) -> None:
     """Stores the codes and lets every node of the site compute with them; `accuracy_level` is that of 4 bits."""
     stored = store(graph, site.name, matrix)
+    sides = side and (store(graph, f"{site.name}.A", side[0]), store(graph, f"{site.name}.B", side[1]))
     level = accuracy_level if matrix.bits == 4 else 4
     for linear in site.linears:
-        replace_linear(linear, stored, level)
+        replace_linear(linear, stored, level, sides)
     for embedding in site.embeddings:
         is_cuda = context.target.provider == "cuda"
         replace_embedding(embedding, stored, shared=bool(site.linears), explicit_zero=is_cuda)

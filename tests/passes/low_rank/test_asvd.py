@@ -15,7 +15,7 @@ from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.stats import Stats
-from onnxpress.passes.low_rank._whitening import Activation, output_directions
+from onnxpress.compiler.whitening import Activation, output_directions
 from onnxpress.passes.low_rank.asvd import Asvd
 
 

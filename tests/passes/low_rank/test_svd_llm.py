@@ -23,8 +23,7 @@ from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import Linear, find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.stats import Stats
-from onnxpress.passes.low_rank._pairs import balanced
-from onnxpress.passes.low_rank._whitening import Activation, output_directions
+from onnxpress.compiler.whitening import Activation, balanced, output_directions
 from onnxpress.passes.low_rank.svd_llm import SvdLlm
 from onnxpress.passes.quantization.gptq import Gptq
 

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxpress.passes.low_rank._pairs import balanced
-
 Floats = npt.NDArray[Any]
 
 
@@ -83,3 +81,11 @@ def output_directions(w_NK: Floats, activation: Activation) -> OutputDirections:
         gram = half.T @ half
     energy, vectors = np.linalg.eigh((gram + gram.T) / 2)
     return OutputDirections(np.maximum(energy[::-1], 0.0), vectors[:, ::-1], root_KK)
+
+
+def balanced(first_KR: Floats, second_RN: Floats) -> tuple[Floats, Floats]:
+    """The same product with factors of equal norms, direction by direction: neither overflows where types are short."""
+    tiny = np.finfo(np.float64).tiny
+    ratio_R = np.sqrt(np.maximum(np.square(second_RN).sum(axis=1), tiny))
+    ratio_R = np.sqrt(ratio_R / np.sqrt(np.maximum(np.square(first_KR).sum(axis=0), tiny)))
+    return first_KR * ratio_R, second_RN / ratio_R[:, None]
