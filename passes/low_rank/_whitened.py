@@ -302,9 +302,10 @@ class Whitened(Pass):
                 record = section.read(str(number), digest)
                 resumed += record is not None
                 open_sites = [(one, site_of[id(one)]) for one in stage.linears if not site_of[id(one)].result]
-                group = run.observe(stage, with_stats=record is None and bool(open_sites))
+                is_needed = any(site.rank is not None or self.refits for _, site in open_sites)
+                group = run.observe(stage, with_stats=record is None and is_needed)
                 if record is None:
-                    record = self._fitted(open_sites, group.stats)
+                    record = self._fitted(open_sites, group.stats) if is_needed else {}
                     section.write(str(number), digest, record)
                 for index, (linear, site) in enumerate(open_sites):
                     result = [record[key] for key in (f"{index}.0", f"{index}.1") if key in record]
