@@ -192,4 +192,13 @@ def _split_gate_up(linears: list[Linear]) -> None:
 
 
 def _adds_constant(node: ir.Node) -> bool:
-    return any(value is not None and value.is_initializer() for value in node.inputs)
+    """Whether the node adds a bias, or what a slot for adapters gives."""
+    return any(value is not None and (value.is_initializer() or _is_of_slot(value)) for value in node.inputs)
+
+
+def _is_of_slot(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is not None and node.op_type == "Concat":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    factor = node.inputs[1] if node is not None and node.op_type == "MatMul" else None
+    return factor is not None and factor.is_graph_input() and factor.is_initializer()
