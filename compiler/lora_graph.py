@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from onnxpress.compiler import formats
 from onnxpress.compiler.errors import PreconditionError, UnsupportedModelError
-from onnxpress.compiler.linears import Embedding, Linear
-from onnxpress.compiler.lora_targets import Target
+from onnxpress.compiler.linears import Embedding, Linear, is_slot
+from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths
+from onnxpress.compiler.lora_targets import SLOT, Target
 
 # Passes that move numbers between matrices, or renumber blocks: an adapter of the original fits no longer.
 _TRANSFORMS = re.compile(r"\b(smooth|awq|rotate|drop_blocks)\b")
@@ -119,6 +120,23 @@ def _parts(linear: Linear) -> list[tuple[str, int]]:
         if len(halves) == 2 and activated in ([True, False], [False, True]):
             return [("gate", rows), ("up", rows)] if activated[0] else [("up", rows), ("gate", rows)]
     return []
+
+
+def find_slots(model: ir.Model) -> dict[str, Slot]:
+    """The slots of a graph, by name."""
+    paths = read_paths(model.metadata_props.get(PATHS))
+    inputs = {value.name: value for value in model.graph.inputs if is_slot(value)}
+    found = {}
+    for name, value in inputs.items():
+        match = SLOT.match(name or "")
+        other = None if match is None or match.group(2) != "A" else inputs.get(f"{match.group(1)}.lora_B")
+        if match is None or other is None or value.shape is None or other.shape is None or value.dtype is None:
+            continue
+        num_in, num_out = value.shape[0], other.shape[1]
+        if isinstance(num_in, int) and isinstance(num_out, int):
+            key = match.group(1)
+            found[key] = Slot(key, num_in, num_out, value.dtype.numpy(), paths.get(key, ()))
+    return found
 
 
 def check_is_graph(graph: object) -> ir.Graph:

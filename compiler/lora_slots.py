@@ -8,8 +8,9 @@ Axes: N out features, K in features, R rank
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from onnxpress.compiler.peft import Adapter
 
 Array = npt.NDArray[Any]
 
+PATHS = "onnxpress.slots"  # metadata of the model: names of linears by slot
 ADAPTER_VERSION = 1
 _MAX_RANK = 1 << 16
 _IDENTIFIER = b"TORT"
@@ -36,12 +38,14 @@ class Slot:
         name: "block0.q"; the inputs are `name.lora_A` and `name.lora_B`.
         num_in, num_out: K and N.
         dtype: numpy's, of both.
+        paths: names that its linear had in the graph, which tell a module where roles do not.
     """
 
     name: str
     num_in: int
     num_out: int
     dtype: Any
+    paths: tuple[str, ...] = ()
 
     @property
     def target(self) -> Target:
@@ -49,7 +53,23 @@ class Slot:
         match = re.match(r"^(?:block(\d+)\.)?([a-z_]+?)(?:\.\d+)?$", self.name)
         block = int(match.group(1)) if match and match.group(1) else None
         kind = match.group(2) if match else "linear"
-        return Target(self.name, kind, block, (self.num_out, self.num_in), (self.name,))
+        return Target(self.name, kind, block, (self.num_out, self.num_in), self.paths or (self.name,))
+
+
+def write_paths(slots: Mapping[str, Sequence[str]]) -> str:
+    """The text in which a model keeps the `paths` of its slots, under `PATHS`."""
+    return json.dumps({name: list(paths) for name, paths in slots.items()}, separators=(",", ":"))
+
+
+def read_paths(text: str | None) -> dict[str, tuple[str, ...]]:
+    """What `write_paths` wrote; {} for anything else."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: tuple(map(str, paths)) for name, paths in found.items() if isinstance(paths, list)}
 
 
 def fill(adapter: Adapter, slots: Mapping[str, Slot], config: Mapping[str, Any]) -> dict[str, Array]:

@@ -136,7 +136,7 @@ def optimize(
                 " keep_quantization in `passes`",
             )
         context.config, context.stored_types = dict(source.config), source.stored_types
-        context.history = _history(source)
+        context.history = artifact_history(source)
         if not calibration and _can_write(source):
             is_self = True
         elif texts and "tokenizer.json" not in source.files:
@@ -340,7 +340,7 @@ def _vocab_size(source: models.Source) -> int:
     return 100
 
 
-def _history(source: models.Source) -> list[str]:
+def artifact_history(source: models.Source) -> list[str]:
     """Texts of what has changed an artifact before: earlier pipelines, and the passes of the last that found work."""
     card = source.facts.get("artifact") or {}
     rows = card.get("passes")

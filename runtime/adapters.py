@@ -7,7 +7,7 @@ bound like all others, since ONNX Runtime ignores the adapters of its own run op
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from onnxpress.compiler.errors import BadModelFileError, OptionError, UnsupportedModelError, near_miss
-from onnxpress.compiler.lora_slots import Slot, fill, read_adapter, value_of
+from onnxpress.compiler.lora_slots import PATHS, Slot, fill, read_adapter, read_paths, value_of
 from onnxpress.compiler.lora_targets import SLOT
 from onnxpress.compiler.peft import is_peft, read_peft
 from onnxpress.runtime.config import read_json
@@ -117,21 +117,20 @@ class Adapters:
         return self._loaded[name]
 
 
-def find_slots(overridable: Iterable[Any]) -> dict[str, Slot]:
-    """The slots among the weights of a session that callers may replace, by name.
-
-    Args:
-        overridable: what `get_overridable_initializers` returned.
-    """
+def find_slots(session: ort.InferenceSession) -> dict[str, Slot]:
+    """The slots of a loaded graph, by name."""
     sides: dict[str, dict[str, Any]] = {}
-    for value in overridable:
+    for value in session.get_overridable_initializers():
         if match := SLOT.match(value.name):
             sides.setdefault(match.group(1), {})[match.group(2)] = value
+    if not sides:
+        return {}
+    paths = read_paths(session.get_modelmeta().custom_metadata_map.get(PATHS))
     found = {}
     for name, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].type not in _TYPES:
             continue
         num_in, num_out = pair["A"].shape[0], pair["B"].shape[1]
         if isinstance(num_in, int) and isinstance(num_out, int):
-            found[name] = Slot(name, num_in, num_out, _TYPES[pair["A"].type])
+            found[name] = Slot(name, num_in, num_out, _TYPES[pair["A"].type], paths.get(name, ()))
     return found

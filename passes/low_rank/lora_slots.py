@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnxpress.compiler.errors import OptionError, near_miss
 from onnxpress.compiler.linears import Embedding, find_embeddings, find_linears
 from onnxpress.compiler.lora_graph import Site, check_is_graph, find_sites, float_type, refuse_transformed
+from onnxpress.compiler.lora_slots import PATHS, read_paths, write_paths
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 
@@ -51,6 +52,7 @@ class LoraSlots(Pass):
         together: dict[int, list[Site]] = {}
         for site in sites:
             together.setdefault(id(site.holder), []).append(site)
+        paths: dict[str, tuple[str, ...]] = {}
         for parts in context.track(list(together.values()), "lora_slots"):
             wanted = [part for part in parts if self._wants(part, report)]
             if not wanted:
@@ -64,6 +66,9 @@ class LoraSlots(Pass):
                 _add(model.graph, parts)
             for part in parts:  # all of a packed matrix: what is added to its output is as wide as that
                 report.change(part.target.name, kind=part.target.kind, shape=list(part.target.shape))
+                paths[part.target.name] = part.target.paths
+        if paths:
+            model.metadata_props[PATHS] = write_paths({**read_paths(model.metadata_props.get(PATHS)), **paths})
         return report
 
     def _check(self, sites: Sequence[Site]) -> None:
