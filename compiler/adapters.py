@@ -77,6 +77,7 @@ def slots(
     *,
     passes: str = "",
     kinds: Sequence[str] = (),
+    also: Sequence[str] = (),
     exclude: Sequence[str] = (),
     target: str = "cpu",
     track: Tracker | None = None,
@@ -88,10 +89,11 @@ def slots(
         model: anything that `optimize` takes.
         output: directory to write, see `optimize`.
         passes: pipeline that runs before: "int4-rtn"; nothing leaves an artifact as it is.
-        kinds, exclude: which linears get a slot, see the pass `lora_slots`.
+        kinds, also, exclude: which linears get a slot, see the pass `lora_slots`.
         target, track, tell: see `optimize`.
     """
-    last = build(registry.find("lora_slots"), {"kinds": tuple(kinds), "exclude": tuple(exclude)})
+    options = {"kinds": tuple(kinds), "also": tuple(also), "exclude": tuple(exclude)}
+    last = build(registry.find("lora_slots"), options)
     first = pipelines.parse(passes).passes if passes.strip() else ()
     return optimize(
         model, output=output, passes=Pipeline((*first, last)), target=target, measure=False, track=track, tell=tell

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError, near_miss
-from onnxpress.compiler.lora_targets import SLOT, Target, place
+from onnxpress.compiler.lora_targets import SLOT, Target, locate, place
 from onnxpress.compiler.peft import Adapter
 
 Array = npt.NDArray[Any]
@@ -94,10 +94,13 @@ def fill(adapter: Adapter, slots: Mapping[str, Slot], config: Mapping[str, Any])
         try:
             places = place(module, update.shape, targets, config, is_table=update.is_table)
         except UnsupportedModelError as error:
-            if not any(one.block is not None or one.kind == "head" for one in targets):
-                raise
+            kind = "embedding" if update.is_table else locate(module)[1]
+            if kind is not None and not any(one.kind == kind or kind.startswith(one.kind) for one in targets):
+                raise UnsupportedModelError(
+                    f"{adapter.path}: {module}: expected a slot for it, the graph has none of kind {kind!r}",
+                    hint=f"make them: onnxpress lora slots MODEL --also {kind}",
+                ) from None
             error.message = f"{adapter.path}: {error.message}"
-            error.hint = error.hint or "make slots for it: onnxpress lora slots --kinds"
             raise
         for one in places:
             b_NR = update.b_NR if one.rows is None else update.b_NR[one.rows]

@@ -188,10 +188,10 @@ def _fail(module: str, found: Sequence[Target], targets: Sequence[Target], shape
             f"{module}: expected an update of {shapes} [out, in], found one of {list(shape)}",
             hint="the adapter belongs to another model",
         )
-    names = [one.name for one in targets]
+    known = [one.name for one in targets]
     block, kind = locate(module)
     wanted = module if kind is None else kind if block is None else f"block{block}.{kind}"
-    hint = near_miss(wanted, names) if names else "the graph has no float or quantized linear at all"
+    hint = near_miss(wanted, known) if known else "the graph has no float or quantized linear at all"
     raise UnsupportedModelError(f"{module}: expected a matrix of the graph for it, found none ({wanted})", hint=hint)
 
 

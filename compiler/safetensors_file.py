@@ -84,17 +84,20 @@ def _array(path: Path, name: str, entry: Any, data: Array) -> tuple[Array, tuple
     kind, shape, place = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(kind, str) or kind not in _TYPES:
         raise _bad(path, f"a known type of {name!r}", repr(kind))
-    if not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
+    sizes, span = _counts(shape), _counts(place)
+    if sizes is None or span is None or len(span) != 2:
         raise _bad(path, f"shape and place of {name!r} as whole numbers", f"{shape!r} and {place!r}"[:120])
-    dtype, (begin, end) = np.dtype(_TYPES[kind]), place
-    if not begin <= end <= data.size or end - begin != math.prod(shape) * dtype.itemsize:
-        expected = f"{math.prod(shape) * dtype.itemsize} bytes of {name!r} among {data.size}"
+    dtype, (begin, end) = np.dtype(_TYPES[kind]), span
+    if not begin <= end <= data.size or end - begin != math.prod(sizes) * dtype.itemsize:
+        expected = f"{math.prod(sizes) * dtype.itemsize} bytes of {name!r} among {data.size}"
         raise _bad(path, expected, f"bytes {begin} to {end}")
-    return data[begin:end].view(dtype).reshape(shape), (begin, end)
+    return data[begin:end].view(dtype).reshape(sizes), (begin, end)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(one) is int and 0 <= one < 2**48 for one in value)
+def _counts(value: Any) -> list[int] | None:
+    """A list of sizes, None when it is anything else."""
+    is_list = isinstance(value, list) and all(type(one) is int and 0 <= one < 2**48 for one in value)
+    return value if is_list else None
 
 
 def _bad(path: Path, expected: str, found: str) -> BadModelFileError:

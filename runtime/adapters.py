@@ -7,7 +7,8 @@ bound like all others, since ONNX Runtime ignores the adapters of its own run op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,16 @@ class Adapters:
             values = read_adapter(path, self.slots)
         self._loaded[name] = Adapter(name, path, values)
         return name
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Makes an adapter the default for a while; None changes nothing."""
+        before = self.default
+        self.default = before if name is None else self.find(name).name
+        try:
+            yield
+        finally:
+            self.default = before
 
     def find(self, name: str | None) -> Adapter:
         """A loaded adapter; None is the default, "" none at all.

@@ -96,7 +96,12 @@ def _stoppable(function: Callable[..., None]) -> Callable[..., None]:
 for _name, _function in _VERBS.items():
     app.command(name=_name)(_stoppable(_function))
 
-_LORA = {"merge": lora.merge, "slots": lora.slots, "convert": lora.convert, "extract": lora.extract}
+_LORA: dict[str, Callable[..., None]] = {
+    "merge": lora.merge,
+    "slots": lora.slots,
+    "convert": lora.convert,
+    "extract": lora.extract,
+}
 _lora = typer.Typer(name="lora", help="Adapters: merge, slots, convert, extract.", no_args_is_help=True)
 for _name, _function in _LORA.items():
     _lora.command(name=_name)(_stoppable(_function))
@@ -177,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(error: Any, arguments: Sequence[str]) -> int:
     """What is wrong with the command line itself."""
     message = str(error.format_message()).strip()
+    if message.startswith("Usage:"):  # `onnxpress lora` alone
+        sys.stderr.write(message + "\n")
+        return 2
     if not message:  # the help text was shown instead
         return 2
     words = [one for one in arguments if not one.startswith("-")]

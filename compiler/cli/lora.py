@@ -77,6 +77,9 @@ def slots(
             show_default="all but head and embedding",
         ),
     ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="KIND", help="Beside these: head, embedding, router.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Linears that get none, such as 'block0.*'.")
     ] = None,
@@ -93,6 +96,7 @@ def slots(
             output,
             passes=passes,
             kinds=kinds or (),
+            also=also or (),
             exclude=exclude or (),
             target=target,
             track=progress.track,

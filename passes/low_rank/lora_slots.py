@@ -37,11 +37,13 @@ class LoraSlots(Pass):
     paper: ClassVar[str] = "arXiv:2106.09685"
 
     kinds: tuple[str, ...] = ()  # roles that get one: "q", "v", "head", ...; () for all but head, router, embedding
+    also: tuple[str, ...] = ()  # roles beside these: ("head", "embedding")
     exclude: tuple[str, ...] = ()  # patterns of names that get none: "block0.*", "*.down"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(set(self.kinds) <= set(_KINDS), "kinds", f"among {', '.join(_KINDS)}")
+        for option in ("kinds", "also"):
+            self.check(set(getattr(self, option)) <= set(_KINDS), option, f"among {', '.join(_KINDS)}")
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -74,7 +76,7 @@ class LoraSlots(Pass):
     def _check(self, sites: Sequence[Site]) -> None:
         """Raises OptionError for an option that has no effect on this model."""
         names, kinds = [site.target.name for site in sites], {site.target.kind for site in sites}
-        for kind in self.kinds:
+        for kind in (*self.kinds, *self.also):
             if kind not in kinds:
                 known = ", ".join(sorted(kinds))
                 raise OptionError(f"lora_slots: this model has no linear of kind {kind!r}", hint=f"it has: {known}")
@@ -87,7 +89,7 @@ class LoraSlots(Pass):
         target = site.target
         if any(fnmatch.fnmatchcase(target.name, pattern) for pattern in self.exclude):
             report.skip(target.name, "excluded")
-        elif target.kind not in self.kinds if self.kinds else target.kind in _LATER:
+        elif target.kind not in self.also and (target.kind not in self.kinds if self.kinds else target.kind in _LATER):
             report.skip(target.name, "not among the kinds asked for")
         else:
             return True

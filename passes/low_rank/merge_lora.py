@@ -164,6 +164,9 @@ class MergeLora(Pass):
         if holder.factors is not None:
             _widen(graph, job, *holder.factors)
             return 0.0
+        if _is_turned_for_others(holder):
+            _untie(graph, job, holder)
+            return 0.0
         if holder.holder in _FLOATS:
             before = dataclasses.replace(holder)
             name = unique_name(graph, str(holder.weight.name))
@@ -211,17 +214,15 @@ def _check(job: _Job, adapter: Adapter) -> None:
     elif holder.factors is not None:
         if is_dora:
             reason = "it is a pair of low rank, whose rows DoRA cannot scale"
-        elif any(one.holder != "MatMul" for one in holder.factors):
+        elif any(one.holder not in _FLOATS for one in holder.factors):
             reason = "it is a pair of low rank with quantized factors"
+        elif any(_is_turned_for_others(one) for one in holder.factors):
+            reason = "it is a pair of low rank, one factor of which other nodes read turned"
     elif holder.holder == "MatMulNBits":
         if coded(holder.node) is None:
             reason = "its columns are reordered, or its zero points are floats"
     elif holder.holder not in _FLOATS:
         reason = f"it is stored by {holder.holder}, which has no rounding here"
-    elif holder.holder == "Transpose+MatMul":
-        turned = holder.node.inputs[1]
-        if turned is not None and len(turned.uses()) > 1:
-            reason = "other nodes read the transposed matrix too"
     if reason is not None:
         raise UnsupportedModelError(
             f"{adapter.path}: {job.name}: expected a matrix that can be added to, {reason}",
@@ -252,6 +253,25 @@ def _merge_table(graph: ir.Graph, job: _Job, embedding: Embedding) -> float:
     return 0.0
 
 
+def _is_turned_for_others(linear: Linear) -> bool:
+    """Whether the Transpose in front of a product has other readers."""
+    turned = linear.node.inputs[1] if linear.holder == "Transpose+MatMul" else None
+    return turned is not None and len(turned.uses()) > 1
+
+
+def _untie(graph: ir.Graph, job: _Job, linear: Linear) -> None:
+    """Gives a product a matrix of its own, [K, N], where other nodes read the transposed one too."""
+    tensor = linear.weight.const_value
+    assert tensor is not None
+
+    def make(w_NK: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return job.merged(np.asarray(w_NK, np.float32)).T.astype(w_NK.dtype)
+
+    new = derived(graph, tensor, str(linear.weight.name), linear.shape[::-1], make)
+    linear.node.replace_input_with(1, new)
+    linear.holder, linear.weight = "MatMul", new
+
+
 def _widen(graph: ir.Graph, job: _Job, first: Linear, second: Linear) -> None:
     """x A B + x a b = x [A a] [B; b]."""
     rank, rows, columns = first.num_out, second.num_out, first.num_in
@@ -271,6 +291,9 @@ def _widen(graph: ir.Graph, job: _Job, first: Linear, second: Linear) -> None:
         unique_name(graph, str(second.weight.name)),
         (rows, wide),
     )
+    for factor, shape in ((first, (columns, wide)), (second, (wide, rows))):
+        if factor.holder == "Transpose+MatMul" and factor.node.inputs[1] is not None:
+            factor.node.inputs[1].shape = ir.Shape(shape)
     middle = first.output
     if middle.shape is not None:
         middle.shape = ir.Shape([*list(middle.shape)[:-1], wide])
