@@ -40,7 +40,7 @@ SUFFIX = ".onnx_adapter"
 _ROUNDING = 2.0**-22  # of a weight: a difference below it is none
 
 
-def merge(
+def merge_adapters(
     model: str | Path,
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -71,7 +71,7 @@ def merge(
     return optimize(model, output=output, passes=pipeline, target=target, measure=False, track=track, tell=tell)
 
 
-def slots(
+def add_slots(
     model: str | Path,
     output: str | Path,
     *,
@@ -123,12 +123,12 @@ class Conversion:
         return asdict(self)
 
 
-def convert(adapter: str | Path, model: str | Path, output: str | Path) -> Conversion:
+def convert_adapter(adapter: str | Path, model: str | Path, output: str | Path) -> Conversion:
     """Writes a PEFT adapter as the `.onnx_adapter` file of a graph with slots.
 
     Args:
         adapter: PEFT directory.
-        model: what `slots` made.
+        model: what `add_slots` made.
         output: the file.
 
     Raises:
@@ -177,7 +177,7 @@ class Extraction:
         return asdict(self)
 
 
-def extract(
+def extract_adapter(
     tuned: str | Path,
     base: str | Path,
     output: str | Path,

@@ -181,6 +181,10 @@ def read_adapter(path: Path, slots: Mapping[str, Slot]) -> dict[str, Any]:
                 f"{path}: {name}: expected {expected}, found {value.data_type()}",
                 hint="convert the adapter for this model: onnxpress lora convert",
             )
+        if expected != _TYPES["bfloat16"] and not np.isfinite(value.numpy()).all():
+            raise BadModelFileError(
+                f"{path}: {name}: expected finite numbers, found NaN or infinity", hint="convert the adapter again"
+            )
         ranks.setdefault(match.group(1), {})[side] = shape[axis]
     for name, sides in ranks.items():
         if len(sides) != 2 or sides["A"] != sides["B"]:

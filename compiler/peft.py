@@ -136,9 +136,12 @@ def read_peft(directory: str | Path) -> Adapter:
         raise BadModelFileError(f"{directory}: expected {WEIGHTS}, found none", hint="fetch the adapter's weights too")
     arrays = safetensors_file.read(path)
     updates = _updates(path, arrays, config)
-    digest = hashlib.sha256(path.read_bytes() + json.dumps(config, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     base = config.get("base_model_name_or_path")
-    return Adapter(directory, updates, base if isinstance(base, str) else "", digest)
+    return Adapter(directory, updates, base if isinstance(base, str) else "", digest.hexdigest())
 
 
 def write_peft(

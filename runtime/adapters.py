@@ -55,10 +55,11 @@ class Adapters:
     Args:
         path: of the graph; the `config.json` beside it tells how packed rows of an adapter lie.
         slots: of the graph, by name.
+        device: where the session computes; adapters lie there.
     """
 
-    def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
-        self.path, self.slots = path, slots
+    def __init__(self, path: Path, slots: Mapping[str, Slot], device: str = "cpu") -> None:
+        self.path, self.slots, self._device = path, slots, device
         self.default: str | None = None  # serves whoever names none
         self._loaded: dict[str, Adapter] = {}
 
@@ -100,8 +101,14 @@ class Adapters:
             )
         else:
             values = read_adapter(path, self.slots)
-        self._loaded[name] = Adapter(name, path, values)
+        self._loaded[name] = Adapter(name, path, {key: self._placed(value) for key, value in values.items()})
         return name
+
+    def _placed(self, value: ort.OrtValue) -> ort.OrtValue:
+        """The value on the session's device. numpy knows no bfloat16: such a one is copied whenever it is bound."""
+        if self._device == "cpu" or value.data_type() == "tensor(bfloat16)":
+            return value
+        return ort.OrtValue.ortvalue_from_numpy(value.numpy(), self._device, 0)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:

@@ -147,7 +147,7 @@ class DecoderSession:
 
             audit(self.path, "cuda", strict=True)
         self.interface = discover(self.ort, graph, self.config)
-        self.adapters = Adapters(self.path, find_slots(self.ort))
+        self.adapters = Adapters(self.path, find_slots(self.ort), self.choice.provider)
         self.device = self.choice.provider
         self._scratch: npt.NDArray[Any] = np.empty(0, np.uint8)
         logger.info("%s: %s, cache %s", self.path, self.choice.reason, self._cache_kind())

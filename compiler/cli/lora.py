@@ -42,7 +42,7 @@ def merge(
     from onnxpress.compiler import adapters as work
 
     with working(quiet=quiet or as_json) as progress:
-        artifact = work.merge(
+        artifact = work.merge_adapters(
             model,
             adapters,
             output,
@@ -91,7 +91,7 @@ def slots(
     from onnxpress.compiler import adapters as work
 
     with working(quiet=quiet or as_json) as progress:
-        artifact = work.slots(
+        artifact = work.add_slots(
             model,
             output,
             passes=passes,
@@ -124,7 +124,7 @@ def convert(
 
     with working(quiet=quiet or as_json) as progress:
         progress.tell("converting")
-        found = work.convert(adapter, model, output)
+        found = work.convert_adapter(adapter, model, output)
 
     def show(console: Console) -> None:
         console.print(
@@ -149,7 +149,7 @@ def extract(
     from onnxpress.compiler import adapters as work
 
     with working(quiet=quiet or as_json) as progress:
-        found = work.extract(tuned, base, output, rank=rank, track=progress.track, tell=progress.tell)
+        found = work.extract_adapter(tuned, base, output, rank=rank, track=progress.track, tell=progress.tell)
 
     def show(console: Console) -> None:
         worst = sorted(found.modules, key=lambda row: -row["error"])[:_SHOWN]
