@@ -26,7 +26,7 @@ from onnxpress.compiler.errors import OptionError, OutputError, UnsupportedModel
 from onnxpress.compiler.linears import Embedding, find_embeddings, find_linears
 from onnxpress.compiler.lora_graph import Site, find_sites, find_slots, refuse_transformed
 from onnxpress.compiler.lora_slots import fill, write_adapter
-from onnxpress.compiler.lora_targets import TURNED, modules, place
+from onnxpress.compiler.lora_targets import TABLE_KINDS, TURNED, modules, place
 from onnxpress.compiler.optimize import Tell, artifact_history, optimize
 from onnxpress.compiler.pass_ import Context, Tracker, build
 from onnxpress.compiler.peft import Update, read_peft, write_peft
@@ -58,7 +58,7 @@ def merge_adapters(
         adapters: PEFT directories, added one after the other.
         output: directory to write, see `optimize`.
         passes: pipeline that runs after the merge: "int4", "fuse, rtn(bits=8), pack".
-        max_loss: share of an update that rounding of a quantized matrix may swallow.
+        max_loss: share of the update that rounding quantized matrices may swallow, over all of them.
         target, track, tell: see `optimize`.
 
     Raises:
@@ -224,7 +224,7 @@ def extract_adapter(
             norm = float(np.linalg.norm(delta.astype(np.float64)))
             lost, total = lost + (error * norm) ** 2, total + norm**2
             rows.append({"module": module, "shape": list(delta.shape), "rank": len(a_RK), "norm": norm, "error": error})
-            updates.append(Update(module, a_RK, b_NR, is_table=groups[module][0].target.kind == "embedding"))
+            updates.append(Update(module, a_RK, b_NR, is_table=groups[module][0].target.kind in TABLE_KINDS))
         if not updates:
             raise OptionError(
                 f"{tuned}: expected a model that differs from {base}, found the same matrices",
@@ -253,8 +253,7 @@ class _Opened:
         source = models.load(spec, work_dir=work, progress=tell)
         self.model, self.config = source.model, source.config
         refuse_transformed(self.model, artifact_history(source))
-        if source.kind != "artifact":
-            pipelines.run(self.model, pipelines.parse("fuse"), Context(config=dict(source.config)))
+        pipelines.run(self.model, pipelines.parse("fuse"), Context(config=dict(source.config)))
         linears = find_linears(self.model)
         embeddings = find_embeddings(self.model, linears)
         self.sites = {site.target.name: site for site in find_sites(linears, embeddings)}
@@ -297,7 +296,7 @@ def _difference(module: str, sites: Sequence[Site], new: _Opened, old: _Opened) 
     """tuned - base, float32 [N, K]; None where rounding alone explains it."""
     shape = sum(one.target.shape[0] for one in sites), sites[0].target.shape[1]
     targets = [one.target for one in sites]
-    is_table = targets[0].kind == "embedding"
+    is_table = targets[0].kind in TABLE_KINDS
     places = (
         [(targets[0].name, None)]
         if len(targets) == 1

@@ -64,10 +64,11 @@ def find_sites(linears: Iterable[Linear], embeddings: Sequence[Embedding] = ()) 
             name = kind if linear.block is None else f"block{linear.block}.{kind}"
             found.append(Site(Target(name, kind, linear.block, (rows, columns)), linear, start))
             start += rows
-    for number, embedding in enumerate(embeddings):
-        name = "embedding" if not number else f"embedding.{number + 1}"
+    by_size = sorted(embeddings, key=lambda one: -one.num_rows)  # positions and types have fewer rows than tokens
+    for number, embedding in enumerate(by_size):
+        name, kind = ("embedding", "embedding") if not number else (f"table.{number + 1}", "table")
         paths = tuple(one for one in (embedding.node.name, embedding.table.name) if one)
-        target = Target(name, "embedding", None, (embedding.width, embedding.num_rows), paths)
+        target = Target(name, kind, None, (embedding.width, embedding.num_rows), paths)
         found.append(Site(target, embedding))
     return found
 

@@ -64,6 +64,7 @@ TAILS = {
     "lin1": "up",
     "lin2": "down",
 }
+TABLE_KINDS = ("embedding", "table")
 _HEADS = ("lm_head", "embed_out")
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
@@ -79,7 +80,7 @@ class Target:
 
     Attributes:
         name: "block0.q", "head", "embedding"; of rows of a packed matrix that of the part.
-        kind: one of `roles.KINDS`, or "embedding", whose rows are those of the table turned: [H, V].
+        kind: one of `roles.KINDS`; "embedding" for the tokens' table and "table" for others, turned: [H, V].
         block: None outside of all blocks.
         shape: (N, K).
         paths: names of the node and weight in the graph, to look for a module's own name in.
@@ -134,7 +135,7 @@ def place(
     Raises:
         UnsupportedModelError: the graph has no such matrix, several that could be meant, or one of another shape.
     """
-    targets = [one for one in targets if (one.kind == "embedding") == is_table]
+    targets = [one for one in targets if (one.kind in TABLE_KINDS) == is_table]
     own = [one for one in targets if one.name == module or one.is_called(module)]
     if len(own) == 1 and own[0].shape == shape:
         return [Place(own[0])]

@@ -151,7 +151,7 @@ def write_peft(
 
     Args:
         directory: exists.
-        updates: plain LoRA, of linears.
+        updates: plain LoRA, of linears and token tables.
         base: what the adapter belongs to, for the config.
         rank: of updates that have no smaller one.
         turned: the linears of the checkpoint store [K, N] (Conv1D of GPT-2).
@@ -178,8 +178,9 @@ def write_peft(
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     arrays: dict[str, Floats] = {}
     for one in updates:
-        arrays[f"{_PREFIX}{one.module}.lora_A.weight"] = one.a_RK
-        arrays[f"{_PREFIX}{one.module}.lora_B.weight"] = one.b_NR
+        names = ("lora_embedding_A", "lora_embedding_B") if one.is_table else ("lora_A.weight", "lora_B.weight")
+        for name, array in zip(names, (one.a_RK, one.b_NR), strict=True):
+            arrays[f"{_PREFIX}{one.module}.{name}"] = array
     safetensors_file.write(directory / WEIGHTS, arrays, {"format": "pt", **({"made by": notes} if notes else {})})
 
 

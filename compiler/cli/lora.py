@@ -32,7 +32,7 @@ def merge(
         str, typer.Option(metavar="TEXT", help='What runs after the merge: "int4", "fuse, rtn(bits=8), pack".')
     ] = "",
     max_loss: Annotated[
-        float, typer.Option(help="Share of an update that rounding a quantized matrix may swallow.")
+        float, typer.Option(help="Share of the update that rounding quantized matrices may swallow.")
     ] = 0.5,
     target: Target = "cpu",
     as_json: Json = False,

@@ -25,8 +25,8 @@ from onnxpress.compiler.lora_slots import PATHS, read_paths, write_paths
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 
-_KINDS = (*KINDS, "embedding")
-_LATER = ("head", "router", "embedding")  # only when asked for
+_KINDS = (*KINDS, "embedding", "table")
+_LATER = ("head", "router", "embedding", "table")  # only when asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ class MergeLora(Pass):
     paper: ClassVar[str] = "arXiv:2106.09685"
 
     path: str = ""  # directory of the adapter, as PEFT saved it
-    max_loss: float = 0.5  # share of an update that rounding a quantized matrix may swallow, as a relative error
+    max_loss: float = 0.5  # share of the update that rounding quantized matrices may swallow, over all of them
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,16 +143,23 @@ class MergeLora(Pass):
             error = self._merge(model.graph, job)
             lost, whole = lost + error**2, whole + norm**2
             share = error / norm if norm else 0.0
-            if share > self.max_loss:
-                raise UnsupportedModelError(
-                    f"{job.name}: rounding to the bits it has swallows {share:.0%} of the update, more than "
-                    f"max_loss={self.max_loss:g}",
-                    hint="merge before quantizing, or keep the adapter apart: onnxpress lora slots",
-                )
             modules = [piece.update.module for piece in job.pieces]
             rank = max(piece.update.rank for piece in job.pieces)
             report.change(job.name, modules=modules, rank=rank, update_norm=norm, update_error=share)
-        report.metrics["update_error"] = math.sqrt(lost / whole) if whole else 0.0
+        total = math.sqrt(lost / whole) if whole else 0.0
+        if total > self.max_loss:
+            raise UnsupportedModelError(
+                f"{adapter.path}: rounding to the bits that the weights have swallows {total:.0%} of the update, more "
+                f"than max_loss={self.max_loss:g}",
+                hint="merge before quantizing, or keep the adapter apart: onnxpress lora slots",
+            )
+        report.metrics["update_error"] = total
+        small = [str(row["site"]) for row in report.ledger if row["update_error"] > self.max_loss]
+        if small:
+            report.notes.append(
+                f"of {len(small)} matrices rounding swallows more than {self.max_loss:.0%} of a small update: "
+                + ", ".join(small[:4])
+            )
         model.metadata_props[MERGED] = " ".join([*merged, adapter.digest])
         return report
 
