@@ -44,6 +44,7 @@ Floats = npt.NDArray[np.float32]
 
 MERGED = "onnxpress.lora"  # digests of adapters that are in the weights
 _FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
+_ROUNDING = 1e-3  # of the loss: an update that is lost altogether has about 1
 
 
 def add_update(w_NK: Floats, delta_NK: Floats, magnitude_N: Floats | None = None) -> Floats:
@@ -147,7 +148,7 @@ class MergeLora(Pass):
             rank = max(piece.update.rank for piece in job.pieces)
             report.change(job.name, modules=modules, rank=rank, update_norm=norm, update_error=share)
         total = math.sqrt(lost / whole) if whole else 0.0
-        if total > self.max_loss:
+        if total > self.max_loss + _ROUNDING:
             raise UnsupportedModelError(
                 f"{adapter.path}: rounding to the bits that the weights have swallows {total:.0%} of the update, more "
                 f"than max_loss={self.max_loss:g}",

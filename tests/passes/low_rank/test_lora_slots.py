@@ -113,7 +113,7 @@ def test_kinds_also_and_exclude() -> None:
 def test_the_head_keeps_the_name_of_the_output() -> None:
     model = decoder()
     add(model, kinds=("head",))
-    assert [one.name for one in model.graph.outputs][0] == "logits"
+    assert model.graph.outputs[0].name == "logits"
 
 
 def test_slots_survive_simplification_and_later_passes() -> None:
