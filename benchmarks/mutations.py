@@ -51,6 +51,20 @@ TESTS = {
     "compiler/fusing.py": ("tests/compiler/test_fusing.py",),
     "compiler/region.py": ("tests/compiler/test_fusing.py", "tests/compiler/test_sized_number.py"),
     "compiler/genai.py": ("tests/compiler/test_genai_cache.py", "tests/compiler/test_artifact.py"),
+    "compiler/safetensors_file.py": ("tests/compiler/test_peft.py",),
+    "compiler/peft.py": ("tests/compiler/test_peft.py",),
+    "compiler/lora_targets.py": ("tests/compiler/test_lora_targets.py",),
+    "compiler/lora_graph.py": ("tests/passes/low_rank/test_merge_lora.py", "tests/passes/low_rank/test_lora_slots.py"),
+    "compiler/lora_slots.py": ("tests/runtime/test_adapters.py",),
+    "compiler/requantize.py": ("tests/compiler/test_requantize.py",),
+    "compiler/truncated_svd.py": ("tests/compiler/test_truncated_svd.py",),
+    "compiler/adapters.py": ("tests/compiler/test_lora_verbs.py",),
+    "compiler/roles.py": ("tests/passes/low_rank/test_lora_slots.py",),
+    "passes/low_rank/merge_lora.py": ("tests/passes/low_rank/test_merge_lora.py",),
+    "passes/low_rank/lora_slots.py": ("tests/passes/low_rank/test_lora_slots.py",),
+    "runtime/adapters.py": ("tests/runtime/test_adapters.py",),
+    "runtime/generate.py": ("tests/runtime/test_adapters.py",),
+    "runtime/session.py": ("tests/runtime/test_adapters.py",),
 }
 # By file: (what goes wrong, text that occurs once, text that takes its place).
 MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
