@@ -341,6 +341,91 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("size of the past is asked", " and len(past.uses()) == 1 for past", " for past"),
         ("head size for heads", "num_heads=dims[1] if dims else None", "num_heads=dims[3] if dims else None"),
     ),
+    "compiler/safetensors_file.py": (
+        ("a header beyond the file", "if not 0 < length <= min(size - 8, MAX_HEADER):", "if not 0 < length:"),
+        ("bytes beyond the end", "if not begin <= end <= data.size or end - begin", "if end - begin"),
+        ("shared bytes", "        if begin < end:", "        if begin < end - (1 << 40):"),
+        ("sizes below zero", "type(one) is int and 0 <= one < 2**48", "type(one) is int"),
+    ),
+    "compiler/peft.py": (
+        ("the scale left out", "np.asarray(np.float32(scale) * b, np.float32)", "np.asarray(b, np.float32)"),
+        ("the root of the rank left out", "alpha / math.sqrt(rank)", "alpha / rank"),
+        ("a part of a name fits", 'rf"(.*\\.)?({key})$"', 'rf".*({key})$"'),
+        ("biases dropped", 'if (bias := config.get("bias", "none")) != "none":', 'if (bias := config.get("bias", "none")) == "":'),
+        ("whole modules dropped", "        if config.get(name):", "        if config.get(name) == 0:"),
+        ("numbers that are none", "if not np.isfinite(entry[side]).all():", "if False:"),
+        ("integers as floats", 'if array.dtype.kind not in "fV"', 'if array.dtype.kind not in "fVi"'),
+        ("a table written as a linear", '("lora_embedding_A", "lora_embedding_B") if one.is_table', '("lora_embedding_A", "lora_embedding_B") if False'),
+        ("the digest without settings", "hashlib.sha256(json.dumps(config, sort_keys=True).encode())", "hashlib.sha256()"),
+    ),
+    "compiler/lora_targets.py": (
+        ("part of a name", 'inside = f".{module}."', 'inside = f".{module}"'),
+        ("a name of another shape", "if len(own) == 1 and own[0].shape == shape:", "if own:"),
+        ("groups of rows forgotten", '_GROUPED = ("bloom", "falcon", "gpt_neox")', "_GROUPED = ()"),
+        ("key and value swapped", "pieces = [groups[:, :-2], groups[:, -2], groups[:, -1]]", "pieces = [groups[:, :-2], groups[:, -1], groups[:, -2]]"),
+        ("experts as plain layers", "if match is None or _ELSEWHERE.search(", "if match is None or False and _ELSEWHERE.search("),
+        ("tables as linears", "[one for one in targets if (one.kind in TABLE_KINDS) == is_table]", "list(targets)"),
+    ),
+    "compiler/lora_graph.py": (
+        ("moved numbers forgotten", "if match := _TRANSFORMS.search(done):", "if match := None:"),
+        ("rows of a packed matrix", "            start += rows", "            start += 0"),
+        ("float16 forgotten", "    tensor = stored.weight.const_value\n    assert tensor is not None\n    return tensor.dtype", "    return ir.DataType.FLOAT"),
+    ),
+    "compiler/lora_slots.py": (
+        ("another shape", "if len(shape) != 2 or shape[1 - axis] != fixed", "if len(shape) != 2"),
+        ("another type", "if value.data_type() != expected:", "if False:"),
+        ("two ranks", 'if len(sides) != 2 or sides["A"] != sides["B"]:', "if len(sides) != 2:"),
+        ("half an adapter", 'if len(sides) != 2 or sides["A"] != sides["B"]:', 'if len(sides) == 2 and sides["A"] != sides["B"]:'),
+        ("another format", "if start[4:8] != _IDENTIFIER:", "if False:"),
+        ("numbers that are none", "and not np.isfinite(value.numpy()).all():", "and False:"),
+    ),
+    "compiler/requantize.py": (
+        ("always the new grid", "take = _error(w_NK, other) < error_N", "take = error_N >= 0"),
+        ("always the old grid", "take = _error(w_NK, other) < error_N", "take = error_N < 0"),
+        ("long scales", "    if is_short:", "    if False:"),
+        ("zero points of the old grid", "        zero[take] = other.zero[take]", "        pass"),
+        ("zero points that are floats", "(len(arrays) > 2 and arrays[2].dtype != np.uint8)", "False"),
+    ),
+    "compiler/truncated_svd.py": (
+        ("no iteration", "_ROUNDS = 6", "_ROUNDS = 0"),
+        ("unequal norms", "root = np.sqrt(sizes[:rank])", "root = sizes[:rank]"),
+        ("the error of nothing", "np.linalg.norm(w - b_NR.astype(np.float64)", "np.linalg.norm(0 * w + b_NR.astype(np.float64)"),
+    ),
+    "compiler/adapters.py": (
+        ("the sign", "new.matrix(name) - before", "before - new.matrix(name)"),
+        ("other weights unseen", "            found.append(name)", "            pass"),
+        ("a full directory", "if path.exists() and (not path.is_dir() or any(path.iterdir())):", "if False:"),
+    ),
+    "compiler/roles.py": (
+        ("through slots", "            if _fills_slot(node):", "            if False:"),
+    ),
+    "passes/low_rank/merge_lora.py": (
+        ("merged twice", "        if adapter.digest in merged:", "        if False:"),
+        ("into the first rows", "part = w_NK[self.start : self.start + len(self.rows)", "part = w_NK[-len(self.rows) :"),
+        ("lost and not told", "        if total > self.max_loss + _ROUNDING:", "        if False:"),
+        ("one at a time", "            _check(job, adapter)", "            pass"),
+        ("a pair with half an update", "np.concatenate([old_second.w_NK(), b_NR], axis=1)", "np.concatenate([old_second.w_NK(), 0 * b_NR], axis=1)"),
+        ("no lengths", "total *= (magnitude_N", "total *= (0 * magnitude_N + 1"),
+    ),
+    "passes/low_rank/lora_slots.py": (
+        ("no sum", '"Add", [end, delta], name=name)', '"Add", [end, end], name=name)'),
+        ("another order of parts", "for part in parts]\n    if len(pieces) > 1:", "for part in parts[::-1]]\n    if len(pieces) > 1:"),
+        ("a second slot", "if any(f\"{part.target.name}.lora_A\" in model.graph.initializers for part in parts):", "if False:"),
+        ("the name of the output", "    if end.is_graph_output():", "    if False:"),
+    ),
+    "runtime/adapters.py": (
+        ("nothing bound", "            binding.bind_ortvalue_input(name, value)", "            pass"),
+        ("a default that stays", "            self.default = before\n", "            pass\n"),
+        ("unknown is none", "        if not name:\n            return NO_ADAPTER", "        if not name or name not in self._loaded:\n            return NO_ADAPTER"),
+    ),
+    "runtime/generate.py": (
+        ("the cache of another adapter", "decoding.max_length >= length and is_same", "decoding.max_length >= length"),
+    ),
+    "runtime/session.py": (
+        ("steps without the adapter", "        self.adapter.bind(binding)\n        self._bind_step_inputs(binding)", "        self._bind_step_inputs(binding)"),
+        ("prompts without the adapter", "        self.adapter.bind(binding)\n        held =", "        held ="),
+        ("whole sequences without the adapter", "        self.adapters.find(None).bind(binding)\n", ""),
+    ),
 }  # fmt: skip
 
 
