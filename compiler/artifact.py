@@ -90,9 +90,13 @@ class Artifact:
         Args:
             prompt: what the user says, the beginning of a text, a conversation, or token ids.
             chat: put a plain `prompt` into the chat template; None does so when the model has one.
-            settings: those of `onnxpress.runtime.sampling.GenerationOptions`: max_new_tokens, temperature, seed, ...
+            settings: those of `onnxpress.runtime.sampling.GenerationOptions`: max_new_tokens, adapter, seed, ...
         """
         return self._model.generate(as_prompt(self._model, prompt, chat=chat), **settings).text
+
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Reads a LoRA adapter for `generate(prompt, adapter=name)`; see `onnxpress.runtime.model.Model`."""
+        return self._model.load_adapter(path, name)
 
     def evaluate(
         self,

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler import formats, packing
 from onnxpress.compiler.blocks import Block, find_blocks
+from onnxpress.compiler.lora_targets import SLOT
 from onnxpress.compiler.roles import assign_roles
 
 MICROSOFT = "com.microsoft"
@@ -414,7 +415,12 @@ def _dims(value: ir.Value | None) -> tuple[int, ...]:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None
+    return value is not None and value.is_initializer() and value.const_value is not None and not is_slot(value)
+
+
+def is_slot(value: ir.Value | None) -> bool:
+    """Whether the value is one of the two inputs of a slot for adapters, which callers fill."""
+    return value is not None and value.is_graph_input() and SLOT.match(value.name or "") is not None
 
 
 def _is_float_matrix(value: ir.Value | None) -> bool:

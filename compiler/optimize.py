@@ -136,6 +136,7 @@ def optimize(
                 " keep_quantization in `passes`",
             )
         context.config, context.stored_types = dict(source.config), source.stored_types
+        context.history = artifact_history(source)
         if not calibration and _can_write(source):
             is_self = True
         elif texts and "tokenizer.json" not in source.files:
@@ -337,6 +338,14 @@ def _vocab_size(source: models.Source) -> int:
         if value.name == "logits" and value.shape is not None and isinstance(value.shape[-1], int):
             return value.shape[-1]
     return 100
+
+
+def artifact_history(source: models.Source) -> list[str]:
+    """Texts of what has changed an artifact before: earlier pipelines, and the passes of the last that found work."""
+    card = source.facts.get("artifact") or {}
+    rows = card.get("passes")
+    last = [str(row.get("pass")) for row in rows if row.get("changed")] if isinstance(rows, list) else []
+    return [*map(str, card.get("history", [])), *last]
 
 
 def _card(

@@ -120,6 +120,7 @@ class Context:
         journal: where long passes keep what they have finished; nowhere by default.
         stored_types: how the source file stored a weight, by the weight's name here: "block3.gate" to
             ("blk.3.ffn_gate.weight", "Q4_0"); {} when the file does not say.
+        history: texts of the passes and pipelines that have changed this model before, oldest first.
     """
 
     target: Target = TARGETS["cpu"]
@@ -130,6 +131,7 @@ class Context:
     calibration: CalibrationText = field(default_factory=CalibrationText)
     journal: Journal = field(default_factory=Journal)
     stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
+    history: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

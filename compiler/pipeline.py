@@ -120,6 +120,8 @@ def run(
         report = pass_.run(model, context)
         for observer in watching:
             observer.after(pass_, model, report)
+        if report.modified:
+            context.history.append(str(pass_))
         done.append((pass_, report))
     return done
 

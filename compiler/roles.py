@@ -84,6 +84,8 @@ def _kind(one: Linear, starts: set[int], boundary: set[int], outputs: set[int]) 
                 if index == 0:  # that attention multiplies with the projections itself
                     roles.add("into_linear")
                 continue
+            if _fills_slot(node):
+                continue  # beside the linear that it adds to
             if id(node) in boundary:
                 roles.add("residual")
                 continue
@@ -220,4 +222,21 @@ def _split_gate_up(linears: list[Linear], sides: set[int]) -> None:
 
 
 def _adds_more(node: ir.Node, sides: set[int]) -> bool:
-    return any(value is not None and (value.is_initializer() or id(value) in sides) for value in node.inputs)
+    """Whether the node adds a bias, what a slot for adapters gives, or one of `sides`."""
+    return any(
+        value is not None and (value.is_initializer() or id(value) in sides or _is_of_slot(value))
+        for value in node.inputs
+    )
+
+
+def _is_of_slot(value: ir.Value) -> bool:
+    node = value.producer()
+    if node is not None and node.op_type == "Concat":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and _fills_slot(node)
+
+
+def _fills_slot(node: ir.Node) -> bool:
+    """Whether a product is half of a slot for adapters: its matrix is an input with a default."""
+    factor = node.inputs[1] if node.op_type == "MatMul" else None
+    return factor is not None and factor.is_graph_input() and factor.is_initializer()

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxpress.compiler.adapters import add_slots, convert_adapter, extract_adapter, merge_adapters
     from onnxpress.compiler.artifact import Artifact, open_artifact
     from onnxpress.compiler.errors import OnnxpressError, PassError, UserError
     from onnxpress.compiler.inspect import Summary, summarize
@@ -33,8 +34,12 @@ __all__ = [
     "Summary",
     "UserError",
     "__version__",
+    "add_slots",
+    "convert_adapter",
     "export",
+    "extract_adapter",
     "load",
+    "merge_adapters",
     "open_artifact",
     "optimize",
     "summarize",
@@ -48,8 +53,12 @@ _HOMES = {
     "PassError": "onnxpress.compiler.errors",
     "Summary": "onnxpress.compiler.inspect",
     "UserError": "onnxpress.compiler.errors",
+    "add_slots": "onnxpress.compiler.adapters",
+    "convert_adapter": "onnxpress.compiler.adapters",
     "export": "onnxpress.compiler.optimize",
+    "extract_adapter": "onnxpress.compiler.adapters",
     "load": "onnxpress.runtime.model",
+    "merge_adapters": "onnxpress.compiler.adapters",
     "open_artifact": "onnxpress.compiler.artifact",
     "optimize": "onnxpress.compiler.optimize",
     "summarize": "onnxpress.compiler.inspect",

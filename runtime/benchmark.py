@@ -87,6 +87,7 @@ def benchmark(
     threads: int | None = None,
     provider: str = "auto",
     strict: bool = False,
+    adapter: str | Path | None = None,
 ) -> Benchmark:
     """Measures a decoder in a fresh process.
 
@@ -96,6 +97,7 @@ def benchmark(
         batch: sequences decoded together.
         rounds: measurements, of which the median counts.
         threads, provider, strict: as in `load`.
+        adapter: file or directory of a LoRA adapter to run with.
 
     Raises:
         OptionError: a number is too small, or prompt and new tokens exceed what the model was made for.
@@ -119,6 +121,7 @@ def benchmark(
         "threads": threads,
         "provider": provider,
         "strict": strict,
+        "adapter": None if adapter is None else str(adapter),
     }
     found = _in_fresh_process(options)
     weights = weight_bytes_per_step(read(model))
@@ -212,12 +215,15 @@ def measure(
     threads: int | None,
     provider: str,
     strict: bool,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Measures in this very process; `benchmark` calls it in one that holds nothing else."""
     base = _memory("VmRSS")
     started = time.perf_counter()
     session = DecoderSession(path, provider=provider, threads=threads, strict=strict)
     load_s = time.perf_counter() - started
+    if adapter is not None:
+        session.adapters.default = session.load_adapter(adapter)
     limit = session.context_length
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise OptionError(

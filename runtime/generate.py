@@ -136,6 +136,7 @@ class Generator:
         limit = self.session.context_length
         if limit is not None and len(ids) >= limit:
             raise OptionError(f"prompt: expected fewer than {limit} tokens, got {len(ids)}", hint="shorten the prompt")
+        self.session.adapters.find(options.adapter)  # an unknown one is told before anything runs
         if options.stop and self.tokenizer is None:
             raise OptionError("stop: stop strings need a tokenizer, the model directory has none")
         return ids
@@ -147,7 +148,7 @@ class Generator:
         length = -(-(prompt + new) // _CACHE_STEP) * _CACHE_STEP
         return new, max(prompt + new, length if limit is None else min(length, limit))
 
-    def _begin(self, prompt: list[int], length: int) -> tuple[Decoding, int]:
+    def _begin(self, prompt: list[int], length: int, adapter: str | None) -> tuple[Decoding, int]:
         """A text whose cache holds a beginning of `prompt`, and how long that is (one token is always left to run)."""
         warm, self._warm = self._warm, None
         if warm is not None:
@@ -155,17 +156,19 @@ class Generator:
             common = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), None)
             common = min(len(held), len(prompt)) if common is None else common
             common = min(common, len(prompt) - 1)
-            if common and decoding.max_length >= length:
+            # Keys and values that another adapter made say something else.
+            is_same = decoding.adapter is self.session.adapters.find(adapter)
+            if common and decoding.max_length >= length and is_same:
                 decoding.truncate(common)
                 return decoding, common
-        return self.session.begin(1, length), 0
+        return self.session.begin(1, length, adapter), 0
 
     def _tokens(self, prompt: list[int], options: GenerationOptions, result: Generation) -> Iterator[int]:
         new, length = self._room(len(prompt), options.max_new_tokens)
         sampler = Sampler(options, prompt)
         eos = frozenset() if options.ignore_eos else self.eos_token_ids
         started = time.perf_counter()
-        decoding, reused = self._begin(prompt, length)
+        decoding, reused = self._begin(prompt, length, options.adapter)
         result.reused_tokens = reused
         held = prompt.copy()
         logits_BV = decoding.prefill([prompt[reused:]])
@@ -235,7 +238,7 @@ class Generator:
         eos = frozenset() if options.ignore_eos else self.eos_token_ids
 
         started = time.perf_counter()
-        decoding = self.session.begin(batch, length)
+        decoding = self.session.begin(batch, length, options.adapter)
         logits_BV = decoding.prefill(ids_BS, None if mask_BS.all() else mask_BS)
         first = time.perf_counter()
         next_B = np.full(batch, pad, np.int64)

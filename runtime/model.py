@@ -55,6 +55,22 @@ class Model:
             )
         return self._tokenizer
 
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Reads a LoRA adapter, which requests then name: `generate(prompt, adapter=name)`.
+
+        Args:
+            path: an `.onnx_adapter` file, or the directory of a PEFT adapter.
+            name: by default that of the file or directory.
+
+        Returns:
+            The name.
+
+        Raises:
+            UnsupportedModelError: the graph has no slots for it; `onnxpress lora slots` makes them.
+            BadModelFileError: the adapter is missing or damaged.
+        """
+        return self.session.load_adapter(path, name)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt: text as it stands, a conversation through the chat template."""
         if isinstance(prompt, str):
@@ -86,6 +102,7 @@ class Model:
         tokens: int = 8192,
         reference: Model | None = None,
         wikitext: bool = False,
+        adapter: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
         """Perplexity of a text, and the divergence from a reference; see `onnxpress.runtime.evaluate`.
@@ -93,6 +110,7 @@ class Model:
         Args:
             text: text, or its tokens without special ones.
             wikitext: undo the tokenisation of WikiText first.
+            adapter: name of a loaded adapter that this model uses, the reference not.
             context, tokens, reference, progress: see `perplexity`.
         """
         if isinstance(text, str):
@@ -101,15 +119,16 @@ class Model:
             ids: Sequence[int] = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = text
-        return perplexity(
-            self.session,
-            ids,
-            context=context,
-            tokens=tokens,
-            reference=reference.session if reference else None,
-            tokenizer=self._tokenizer,
-            progress=progress,
-        )
+        with self.session.adapters.using(adapter):
+            return perplexity(
+                self.session,
+                ids,
+                context=context,
+                tokens=tokens,
+                reference=reference.session if reference else None,
+                tokenizer=self._tokenizer,
+                progress=progress,
+            )
 
 
 def load(path: str | Path, *, provider: str = "auto", threads: int | None = None, strict: bool = False) -> Model:

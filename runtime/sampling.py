@@ -30,6 +30,7 @@ class GenerationOptions:
         seed: of the random numbers; None takes a new one each time.
         stop: the text ends before the first of these strings.
         ignore_eos: go on after the token that ends a text; for benchmarks.
+        adapter: name of a loaded adapter; None is the session's default, which is none at first.
     """
 
     max_new_tokens: int = 256
@@ -41,6 +42,7 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))

@@ -25,6 +25,7 @@ from onnxpress.compiler.errors import BadModelFileError, OptionError, Unsupporte
 from onnxpress.runtime import pages as _pages
 from onnxpress.runtime import providers as _providers
 from onnxpress.runtime import skeleton as _skeleton
+from onnxpress.runtime.adapters import NO_ADAPTER, Adapter, Adapters, find_slots
 from onnxpress.runtime.config import ModelConfig, find_model, read_config
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class DecoderSession:
 
             audit(self.path, "cuda", strict=True)
         self.interface = discover(self.ort, graph, self.config)
+        self.adapters = Adapters(self.path, find_slots(self.ort), self.choice.provider)
         self.device = self.choice.provider
         self._scratch: npt.NDArray[Any] = np.empty(0, np.uint8)
         logger.info("%s: %s, cache %s", self.path, self.choice.reason, self._cache_kind())
@@ -165,12 +167,20 @@ class DecoderSession:
         """Number of logits per token."""
         return self.interface.vocab_size
 
-    def begin(self, batch: int = 1, max_length: int = 2048) -> Decoding:
-        """Starts `batch` texts that together grow to at most `max_length` tokens, prompt and padding included."""
+    def load_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Reads an adapter for the slots of this graph; see `onnxpress.runtime.adapters.Adapters.load`."""
+        return self.adapters.load(path, name)
+
+    def begin(self, batch: int = 1, max_length: int = 2048, adapter: str | None = None) -> Decoding:
+        """Starts `batch` texts that together grow to at most `max_length` tokens, prompt and padding included.
+
+        Args:
+            adapter: name of a loaded adapter, which serves these texts to their end; None is `adapters.default`.
+        """
         limit = self.interface.max_batch
         if batch < 1 or (limit is not None and batch > limit):
             raise OptionError(f"batch: expected 1 to {limit or 'any'} sequences for {self.path.name}, got {batch}")
-        return Decoding(self, batch, max_length)
+        return Decoding(self, batch, max_length, self.adapters.find(adapter))
 
     def run_logits(self, ids_BS: npt.ArrayLike, mask_BS: npt.ArrayLike | None = None) -> Floats:
         """The logits of every token of whole sequences, the cache neither kept nor fetched.
@@ -208,6 +218,7 @@ class DecoderSession:
             binding.bind_ortvalue_input(tensor.past, host_value(empty, tensor.type))
         logits = self._logits_buffer(batch * length).reshape(batch, length, face.vocab_size)
         bind_array(binding, face.logits, logits, output=True, type_=face.logits_type)
+        self.adapters.find(None).bind(binding)
         self.ort.run_with_iobinding(binding)
         return as_float32(logits)
 
@@ -231,10 +242,11 @@ class Decoding:
     Every array of logits that a method returns is overwritten by the next call.
     """
 
-    def __init__(self, session: DecoderSession, batch: int, max_length: int) -> None:
+    def __init__(self, session: DecoderSession, batch: int, max_length: int, adapter: Adapter = NO_ADAPTER) -> None:
         if max_length < 1:
             raise OptionError(f"max_length: expected at least 1, got {max_length}")
         self.session = session
+        self.adapter = adapter
         self.batch = batch
         self.max_length = max_length
         self.length = 0  # tokens in the cache, padding included
@@ -288,6 +300,7 @@ class Decoding:
     def _bind_step(self) -> ort.IOBinding:
         binding = self.session.ort.io_binding()
         self._bind_cache(binding)
+        self.adapter.bind(binding)
         self._bind_step_inputs(binding)
         bind_array(binding, self._face.logits, self._logits_B1V, output=True, type_=self._face.logits_type)
         if self._face.keep:
@@ -424,6 +437,7 @@ class Decoding:
 
         binding = self.session.ort.io_binding()
         self._bind_cache(binding)
+        self.adapter.bind(binding)
         held = [np.ascontiguousarray(fed, dtype=self._ids_B1.dtype)]
         bind_array(binding, face.ids, held[0])
         if face.mask:

@@ -30,7 +30,7 @@ FILES = sorted(
 every_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(ROOT)) for path in FILES])
 
 # The only places that know passes and everything else.
-WIRING = ("onnxpress.compiler.cli", "onnxpress.compiler.pipeline", "onnxpress.compiler.optimize")
+WIRING = tuple(f"onnxpress.compiler.{name}" for name in ("adapters", "cli", "optimize", "pipeline"))
 # The registry looks at the folder of passes and imports what it is asked for.
 SEES_PASSES = (*WIRING, "onnxpress.compiler.registry")
 # What an artifact and its inspection offer to Python users opens the runtime; imported when called.

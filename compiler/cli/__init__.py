@@ -25,6 +25,7 @@ from onnxpress.compiler.cli import (
     explain_fusion,
     export,
     inspect,
+    lora,
     optimize,
     passes,
     recipes,
@@ -94,6 +95,17 @@ def _stoppable(function: Callable[..., None]) -> Callable[..., None]:
 
 for _name, _function in _VERBS.items():
     app.command(name=_name)(_stoppable(_function))
+
+_LORA: dict[str, Callable[..., None]] = {
+    "merge": lora.merge,
+    "slots": lora.slots,
+    "convert": lora.convert,
+    "extract": lora.extract,
+}
+_lora = typer.Typer(name="lora", help="Adapters: merge, slots, convert, extract.", no_args_is_help=True)
+for _name, _function in _LORA.items():
+    _lora.command(name=_name)(_stoppable(_function))
+app.add_typer(_lora)
 
 
 def _version(wanted: bool) -> None:
@@ -170,11 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(error: Any, arguments: Sequence[str]) -> int:
     """What is wrong with the command line itself."""
     message = str(error.format_message()).strip()
+    if message.startswith("Usage:"):  # `onnxpress lora` alone
+        sys.stderr.write(message + "\n")
+        return 2
     if not message:  # the help text was shown instead
         return 2
-    unknown = next((one for one in arguments if not one.startswith("-")), "")
+    words = [one for one in arguments if not one.startswith("-")]
+    unknown, known = next(iter(words), ""), [*_VERBS, "lora"]
+    if unknown == "lora":
+        unknown, known = " ".join(words[:2]), [f"lora {name}" for name in _LORA]
     if message.startswith("No such command"):
-        return _fail(f"there is no command {unknown!r}", near_miss(unknown, _VERBS), 2)
+        return _fail(f"there is no command {unknown!r}", near_miss(unknown, known), 2)
     # The parser appends what it thinks was meant, in one of several wordings; the options in it are what counts.
     first, _, suggestion = message.replace(" (Possible", " Did you mean (").partition(" Did you mean")
     meant = [one for one in re.findall(r"--[\w-]+", suggestion) if one != "--help"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxpress.compiler.cli.common import (
+    AdapterPath,
     Json,
     PathArgument,
     Provider,
@@ -32,6 +33,7 @@ def bench(
     provider: Provider = "auto",
     threads: Threads = None,
     strict: Strict = False,
+    adapter: AdapterPath = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -49,6 +51,7 @@ def bench(
             provider=provider,
             threads=threads,
             strict=strict,
+            adapter=adapter,
         )
     facts = {"path": path, **found.to_json()}
     emit(facts, as_json=as_json, quiet=quiet, show=lambda console: _show(console, facts))

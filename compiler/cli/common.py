@@ -35,6 +35,16 @@ Provider = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Fail instead of falling back from CUDA to the CPU.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of one operator.", show_default="physical cores")]
 
+AdapterPath = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH",
+        help="A LoRA adapter (.onnx_adapter or a PEFT directory), for a model of `lora slots`.",
+        show_default="none",
+    ),
+]
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

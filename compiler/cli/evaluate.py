@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from onnxpress.compiler.cli.common import (
+    AdapterPath,
     Json,
     PathArgument,
     Provider,
@@ -41,6 +42,7 @@ def evaluate(
     provider: Provider = "auto",
     threads: Threads = None,
     strict: Strict = False,
+    adapter: AdapterPath = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,6 +62,7 @@ def evaluate(
             tokens=tokens,
             reference=other,
             wikitext=is_wikitext,
+            adapter=None if adapter is None else model.load_adapter(adapter),
             progress=progress.count("evaluating"),
         )
     facts: dict[str, Any] = {
@@ -69,6 +72,8 @@ def evaluate(
         "detokenized": is_wikitext,
         "provider": model.choice.provider,
     }
+    if adapter is not None:
+        facts["adapter"] = adapter
     if reference is not None:
         facts["reference"] = reference
     emit(facts, as_json=as_json, quiet=quiet, show=lambda console: _show(console, facts))

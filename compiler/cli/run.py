@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxpress.compiler.cli.common import Json, PathArgument, Provider, Quiet, Strict, Threads, emit, working
+from onnxpress.compiler.cli.common import (
+    AdapterPath,
+    Json,
+    PathArgument,
+    Provider,
+    Quiet,
+    Strict,
+    Threads,
+    emit,
+    working,
+)
 
 if TYPE_CHECKING:
     from onnxpress.runtime.model import Model
@@ -38,6 +49,7 @@ def run(
     provider: Provider = "auto",
     threads: Threads = None,
     strict: Strict = False,
+    adapter: AdapterPath = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,7 +57,7 @@ def run(
     from onnxpress.runtime.model import load
     from onnxpress.runtime.sampling import GenerationOptions
 
-    options = GenerationOptions(
+    settings = GenerationOptions(
         max_new_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -60,6 +72,7 @@ def run(
     with working(quiet=quiet or as_json) as progress:
         progress.tell("loading")
         model = load(path, provider=provider, threads=threads, strict=strict)
+        options = dataclasses.replace(settings, adapter=None if adapter is None else model.load_adapter(adapter))
     if chat is None:
         chat = model.has_tokenizer and "default" in model.tokenizer.templates
     history = [{"role": "system", "content": system}] if system else []

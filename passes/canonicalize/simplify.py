@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from onnxpress.compiler.linears import MICROSOFT, derived, drop_unused
+from onnxpress.compiler.linears import MICROSOFT, derived, drop_unused, is_slot
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, subgraphs
 
 # What ONNX Runtime 1.31 loads; newer IR versions and opsets fail at load.
@@ -49,6 +49,11 @@ _ROUNDS_OTHERWISE = (
 )
 
 
+def _is_for_callers(value: ir.Value) -> bool:
+    """Whether a weight is an input on purpose: a count of logits, or a slot for adapters."""
+    return value.name in COUNTS or is_slot(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Simplify(Pass):
     """Brings graphs of different exporters to one form, without changing a result."""
@@ -62,7 +67,7 @@ class Simplify(Pass):
         graph = model.graph
         lifted = _lift_tensors(graph) > 0
         lifted |= common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        for value in [one for one in graph.inputs if one.name in graph.initializers and one.name not in COUNTS]:
+        for value in [one for one in graph.inputs if one.name in graph.initializers and not _is_for_callers(one)]:
             graph.inputs.remove(value)
             report.change(f"input {value.name}")
         before = _sizes(graph)
