@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
@@ -220,7 +221,9 @@ def extract_adapter(
             if delta is None:
                 unchanged += 1
                 continue
-            b_NR, a_RK, error = truncated_svd(delta, rank)
+            # Threads of the linear algebra library wait in a loop for each other: on a busy machine ten times the work.
+            with threadpool_limits(1, user_api="blas"):
+                b_NR, a_RK, error = truncated_svd(delta, rank)
             norm = float(np.linalg.norm(delta.astype(np.float64)))
             lost, total = lost + (error * norm) ** 2, total + norm**2
             rows.append({"module": module, "shape": list(delta.shape), "rank": len(a_RK), "norm": norm, "error": error})

@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
 from onnxpress.compiler.errors import BadModelFileError, OptionError, UnsupportedModelError, near_miss
-from onnxpress.compiler.lora_slots import PATHS, Slot, fill, read_adapter, read_paths, value_of
-from onnxpress.compiler.lora_targets import SLOT
-from onnxpress.compiler.peft import is_peft, read_peft
 from onnxpress.runtime.config import read_json
+
+if TYPE_CHECKING:
+    from onnxpress.compiler.lora_slots import Slot
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
 
@@ -82,6 +82,10 @@ class Adapters:
             UnsupportedModelError: the graph has no slots, or none for this adapter.
             BadModelFileError: the adapter is missing or damaged.
         """
+        # Imported here: a model without adapters needs no part of the compiler.
+        from onnxpress.compiler.lora_slots import fill, read_adapter, value_of
+        from onnxpress.compiler.peft import is_peft, read_peft
+
         path = Path(path).expanduser()
         name = path.resolve().name.removesuffix(".onnx_adapter") if name is None else name
         if not name:
@@ -137,12 +141,16 @@ class Adapters:
 
 def find_slots(session: ort.InferenceSession) -> dict[str, Slot]:
     """The slots of a loaded graph, by name."""
+    overridable = [value for value in session.get_overridable_initializers() if ".lora_" in value.name]
+    if not overridable:
+        return {}
+    from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths
+    from onnxpress.compiler.lora_targets import SLOT
+
     sides: dict[str, dict[str, Any]] = {}
-    for value in session.get_overridable_initializers():
+    for value in overridable:
         if match := SLOT.match(value.name):
             sides.setdefault(match.group(1), {})[match.group(2)] = value
-    if not sides:
-        return {}
     paths = read_paths(session.get_modelmeta().custom_metadata_map.get(PATHS))
     found = {}
     for name, pair in sides.items():

@@ -49,6 +49,16 @@ def test_a_name_in_the_graph_comes_before_a_role() -> None:
     assert found.rows is None
 
 
+def test_a_name_of_another_shape_is_none() -> None:
+    # Taken apart, the queries keep the name of the packed node.
+    parts = [target("block0.q", 8, 8, "/h.0/attn/c_attn/MatMul"), target("block0.k"), target("block0.v")]
+    assert [one.target.name for one in place("h.0.attn.c_attn", (24, 8), parts, {})] == [
+        "block0.q",
+        "block0.k",
+        "block0.v",
+    ]
+
+
 def test_a_name_is_a_whole_one() -> None:
     other = target(
         "block0.v", 8, 8, "/model/layers.0/self_attn/q_proj_norm/MatMul", "x.model.layers.0.self_attn.q_projx"
@@ -120,6 +130,11 @@ def test_tables_and_linears_are_kept_apart() -> None:
     assert place("model.embed_tokens", (8, 20), [table, head], {}, is_table=True)[0].target is table
     with pytest.raises(UnsupportedModelError, match="found none"):
         place("model.embed_tokens", (8, 20), [head], {}, is_table=True)
+
+
+def test_a_tied_head_that_is_called_after_the_table_is_no_table() -> None:
+    table, head = target("embedding", 8, 8), target("head", 8, 8, "model.embed_tokens.weight")
+    assert place("model.embed_tokens", (8, 8), [table, head], {}, is_table=True)[0].target is table
 
 
 def test_modules_are_called_as_in_the_checkpoint() -> None:

@@ -95,6 +95,17 @@ def test_rows_of_others_stay_bit_for_bit(passes: str, tmp_path: Path) -> None:
         assert 0 < report.metrics["update_error"] < 0.05
 
 
+@pytest.mark.parametrize("kind, start, rows", [("q", 0, 32), ("k", 32, 16), ("v", 48, 16)])
+def test_each_part_of_a_packed_matrix_gets_its_own(kind: str, start: int, rows: int, tmp_path: Path) -> None:
+    model = decoder()
+    pipeline.run(model, pipeline.parse("pack_qkv"), Context())
+    before = matrices(model)["block0.qkv"]
+    a, b = factors((rows, 32))
+    merge(model, write_adapter(tmp_path, {f"model.layers.0.self_attn.{kind}_proj": (a, b)}))
+    before[start : start + rows] += b @ a
+    assert np.allclose(matrices(model)["block0.qkv"], before, atol=1e-6)
+
+
 def test_a_pair_gets_wider_and_stays_exact(tmp_path: Path) -> None:
     model = decoder()
     pipeline.run(model, pipeline.parse("svd(rank=4, kinds=('q',))"), Context())
