@@ -19,6 +19,7 @@ from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.compiler.stats import Stats
 from onnxpress.compiler.whitening import Activation, output_directions
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._calibrated import solve
@@ -84,6 +85,14 @@ def test_law_repairs_gain_more_with_every_turn_more_rank_and_all_moments(bits: i
     sizes = repaired(w_NK, hessian_KK, bits=bits, rank=16, weigh="diagonal")
     assert exact < 0.9 * sizes
     assert exact < 0.9 * repaired(w_NK, hessian_KK, bits=bits, rank=16, weigh="none")
+
+
+def test_errors_are_weighed_by_what_was_asked_for() -> None:
+    stats = Stats(6)
+    stats.update(np.random.default_rng(0).standard_normal((50, 6)))
+    np.testing.assert_array_equal(Compensate(weigh="exact")._weights(stats), stats.hessian_KK)
+    np.testing.assert_array_equal(Compensate(weigh="diagonal")._weights(stats), np.diag(stats.hessian_KK.diagonal()))
+    np.testing.assert_array_equal(Compensate(weigh="none")._weights(stats), np.eye(6))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
