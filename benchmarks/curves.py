@@ -27,22 +27,27 @@ from rich.table import Table
 from terminal import BenchmarkError, say
 from tokenizers import Tokenizer
 
+_DENSE = "dense"  # the model that all start from
+
 
 def artifact(pipeline: str, options: argparse.Namespace) -> Path:
     """The directory of MODEL after a pipeline."""
-    name = hashlib.sha256(f"{options.model} {options.calibration} {pipeline}".encode()).hexdigest()[:12]
+    weights = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in options.model.glob("model*"))
+    text = options.calibration.read_text() if options.calibration else ""
+    name = hashlib.sha256(f"{options.model} {weights} {text} {pipeline}".encode()).hexdigest()[:12]
     path: Path = options.work / name
     if not (path / "onnxpress.json").is_file():
         say(pipeline)
-        text: list[str | Path] = ["--calibration", options.calibration] if options.calibration else []
+        source: list[str | Path] = ["--calibration", options.calibration] if options.calibration else []
         command = ["optimize", options.model, "-o", path, "--passes", pipeline, "--no-measure", "--quiet"]
-        run(onnxpress(*command, *text), pipeline)
+        run(onnxpress(*command, *source), pipeline)
     return path
 
 
 def quality(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about a directory: bytes, share of parameters that its first pass removed, and what the text shows."""
-    kept = path / "curves.json"
+    told = f"{options.model} {options.tokens} {hashlib.sha256(options.text.read_bytes()).hexdigest()}"
+    kept = path / f"curves-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
@@ -119,13 +124,16 @@ def main() -> int:
         if getattr(options, name) is not None:
             setattr(options, name, getattr(options, name).resolve())
     options.work.mkdir(parents=True, exist_ok=True)
-    named = [
-        text.partition("=") if "(" not in text.partition("=")[0] else (text, "", text) for text in options.pipelines
-    ]
-    paths = {name: artifact(text or name, options) for name, _, text in named}
+    paths: dict[str, Path] = {}
+    for text in options.pipelines:
+        first, _, rest = text.partition("=")
+        name, pipeline = (first, rest) if rest and "(" not in first else (text, text)
+        if name in (*paths, _DENSE):
+            raise BenchmarkError(f"{text}: expected another name, {name!r} is taken")
+        paths[name] = artifact(pipeline, options)
     report: dict[str, Any] = {"models": {name: quality(path, options) for name, path in paths.items()}}
     if options.rounds:
-        report["speed"] = speeds({"dense": options.model, **paths}, options)
+        report["speed"] = speeds({_DENSE: options.model, **paths}, options)
     show(Console(width=160), report)
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -311,6 +311,11 @@ def _difference(module: str, sites: Sequence[Site], new: _Opened, old: _Opened) 
         before = old.matrix(name)
         delta[slice(None) if rows is None else rows] = new.matrix(name) - before
         squares += float(np.square(before, dtype=np.float64).sum())
+    if not np.isfinite(delta).all():
+        raise UnsupportedModelError(
+            f"{module}: expected finite weights in {new.spec} and {old.spec}, found NaN or infinity",
+            hint="one of the models is damaged",
+        )
     size = float(np.linalg.norm(delta.astype(np.float64)))
     return None if size <= _ROUNDING * math.sqrt(squares) else delta
 

@@ -55,6 +55,7 @@ class Linear:
     block: int | None = None
     kind: str = "linear"
     factors: tuple[Linear, Linear] | None = field(default=None, repr=False)
+    is_side: bool = False  # a product that is added to what another linear gives: `compensate`
 
     @property
     def shape(self) -> tuple[int, int]:

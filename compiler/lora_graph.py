@@ -53,6 +53,8 @@ def find_sites(linears: Iterable[Linear], embeddings: Sequence[Embedding] = ()) 
     """
     found = []
     for linear in linears:
+        if linear.is_side:
+            continue
         columns = linear.num_in - linear.num_sums
         paths = tuple(name for name in (linear.node.name, linear.weight.name) if name)
         parts = _parts(linear)
@@ -80,7 +82,8 @@ def refuse_transformed(model: ir.Model, history: Iterable[str]) -> None:
         model: its own record of passes is read too.
         history: texts of passes and pipelines that ran before.
     """
-    done = " ".join([*history, model.metadata_props.get(PIPELINE_KEY, "")])
+    # Not what lies in quotes: paths have any name.
+    done = re.sub(r"'[^']*'|\"[^\"]*\"", "''", " ".join([*history, model.metadata_props.get(PIPELINE_KEY, "")]))
     if match := _TRANSFORMS.search(done):
         raise UnsupportedModelError(
             f"expected the matrices of the checkpoint, found those that {match.group(1)} has changed",

@@ -85,6 +85,7 @@ def fill(adapter: Adapter, slots: Mapping[str, Slot], config: Mapping[str, Any])
     """
     targets = [slot.target for slot in slots.values()]
     pieces: dict[str, list[tuple[Array, Array]]] = {}
+    taken: dict[str, str] = {}
     for module, update in adapter.updates.items():
         if update.magnitude_N is not None:
             raise UnsupportedModelError(
@@ -103,6 +104,12 @@ def fill(adapter: Adapter, slots: Mapping[str, Slot], config: Mapping[str, Any])
             error.message = f"{adapter.path}: {error.message}"
             raise
         for one in places:
+            other = taken.setdefault(one.target.name, module)
+            if other != module:
+                raise UnsupportedModelError(
+                    f"{adapter.path}: expected one module for {one.target.name}, found {other} and {module}",
+                    hint="the adapter holds modules of another part of the model, which this graph lacks",
+                )
             b_NR = update.b_NR if one.rows is None else update.b_NR[one.rows]
             pieces.setdefault(one.target.name, []).append((update.a_RK.T, b_NR.T))
     found: dict[str, Array] = {}

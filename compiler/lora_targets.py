@@ -69,9 +69,15 @@ _HEADS = ("lm_head", "embed_out")
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 # Families whose packed projection has the rows of each group of heads together: queries, then its key and its value.
-_GROUPED = ("bloom", "falcon", "gpt_neox")
+_GROUPED = ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese")
+# Modules of which other families lie so too, or in yet another way.
+_FAMILIES_DIFFER = ("query_key_value", "qkv_proj")
+_IN_ORDER = ("phi3", "phi4", "chatglm", "internlm", "glm", "glm4", "codeshell")
 # Experts of a mixture repeat the names of a plain layer.
-_ELSEWHERE = re.compile(r"\.(experts?|shared_expert|encoder_attn|cross_attn|crossattention|EncDecAttention)\b")
+_ELSEWHERE = re.compile(
+    r"\.(experts?|shared_expert|encoder_attn|cross_attn|crossattention|EncDecAttention"
+    r"|vision_tower|vision_model|visual|audio_tower)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,12 @@ def _spread(module: str, shape: tuple[int, int], parts: list[Target], config: Ma
         groups = rows.reshape(sizes[1] // width, -1, width)
         pieces = [groups[:, :-2], groups[:, -2], groups[:, -1]]
         return [Place(one, np.ascontiguousarray(piece).reshape(-1)) for one, piece in zip(parts, pieces, strict=True)]
+    if len(parts) == 3 and module.endswith(_FAMILIES_DIFFER) and text.get("model_type") not in _IN_ORDER:
+        raise UnsupportedModelError(
+            f"{module}: expected a model_type of which it is known how queries, keys and values lie in it, "
+            f"found {text.get('model_type')!r}",
+            hint="put the config.json of the checkpoint beside the model; or merge it in PEFT, and export the result",
+        )
     ends = np.cumsum(sizes)
     return [Place(one, rows[end - size : end]) for one, size, end in zip(parts, sizes, ends, strict=True)]
 

@@ -343,9 +343,12 @@ def _vocab_size(source: models.Source) -> int:
 def artifact_history(source: models.Source) -> list[str]:
     """Texts of what has changed an artifact before: earlier pipelines, and the passes of the last that found work."""
     card = source.facts.get("artifact") or {}
-    rows = card.get("passes")
-    last = [str(row.get("pass")) for row in rows if row.get("changed")] if isinstance(rows, list) else []
-    return [*map(str, card.get("history", [])), *last]
+    rows, history = card.get("passes"), card.get("history")
+    found = [str(one) for one in history] if isinstance(history, list) else [str(history or "")]
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and row.get("changed"):
+            found.append(str(row.get("pass")))
+    return found
 
 
 def _card(
@@ -357,7 +360,8 @@ def _card(
 ) -> Card:
     provenance = dict(source.provenance)
     earlier = provenance.pop("artifact", None) or {}
-    history = [*earlier.get("history", []), earlier["pipeline"]] if earlier.get("pipeline") else []
+    known = earlier.get("history")
+    history = [*(known if isinstance(known, list) else []), earlier["pipeline"]] if earlier.get("pipeline") else []
     return {
         "format": cards.CARD_FORMAT,
         "name": source.name,

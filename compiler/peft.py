@@ -32,6 +32,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERN = 200  # characters
+_MAX_REPEATS = 2
+_MAX_MODULE = 512  # characters of a name; two repetitions take time that grows with its square
+_MAX_ALPHA = 1e30
 _SLOW = re.compile(r"[({]")  # what repetitions within repetitions need
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
@@ -240,6 +243,11 @@ def _updates(path: Path, arrays: Mapping[str, Any], config: Mapping[str, Any]) -
                 f"{path}: expected keys as '<module>.lora_A.weight', found {key[:120]!r}",
                 hint="the file holds more than LoRA weights, or another tool wrote it",
             )
+        if len(key) > _MAX_MODULE:
+            raise BadModelFileError(
+                f"{path}: expected names of at most {_MAX_MODULE} characters, found {len(key)}: {key[:60]!r}",
+                hint="the file was not written by PEFT",
+            )
         if array.dtype.kind not in "fV" or array.dtype.itemsize < 2:
             raise BadModelFileError(f"{path}: expected {key!r} in a float type, found {array.dtype}")
         module = (match or magnitude).group(1).removeprefix(_PREFIX)  # type: ignore[union-attr]
@@ -276,8 +284,11 @@ def _update(path: Path, module: str, entry: Mapping[str, Any], config: Mapping[s
             hint="config and weights belong to different adapters",
         )
     alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise BadModelFileError(f"{path.with_name(CONFIG)}: expected a number as lora_alpha, found {alpha!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < _MAX_ALPHA:
+        raise BadModelFileError(
+            f"{path.with_name(CONFIG)}: expected a number as lora_alpha, found {alpha!r}"[:300],
+            hint="alpha is usually 1 to 4 times the rank",
+        )
     if magnitude is not None:
         magnitude = magnitude.reshape(-1)
         if len(magnitude) != len(b) or entry["is_table"]:
@@ -288,7 +299,14 @@ def _update(path: Path, module: str, entry: Mapping[str, Any], config: Mapping[s
     elif config.get("use_dora"):
         raise BadModelFileError(f"{path}: {module!r}: expected a magnitude vector (use_dora), found none")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Update(module, a, np.asarray(np.float32(scale) * b, np.float32), magnitude, entry["is_table"])
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.asarray(np.float32(scale) * b, np.float32)
+    if not np.isfinite(scaled).all():
+        raise BadModelFileError(
+            f"{path.with_name(CONFIG)}: expected a lora_alpha that keeps {module!r} finite, found {alpha:g}",
+            hint="alpha is usually 1 to 4 times the rank",
+        )
+    return Update(module, a, scaled, magnitude, entry["is_table"])
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -298,7 +316,7 @@ def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
         UnsupportedModelError: a key is no regular expression, or one that might take for ever.
     """
     for key, value in patterns.items():
-        if _SLOW.search(key) or len(re.findall(r"[*+]", key)) > 2 or len(key) > _MAX_PATTERN:
+        if _SLOW.search(key) or len(re.findall(r"[*+?]", key)) > _MAX_REPEATS or len(key) > _MAX_PATTERN:
             raise UnsupportedModelError(
                 f"{CONFIG}: expected names or simple patterns of names, found {key[:80]!r}",
                 hint="write the names of the modules out in rank_pattern and alpha_pattern",

@@ -43,7 +43,7 @@ def assign_roles(graph: ir.Graph, linears: list[Linear], blocks: list[Block]) ->
             for factor, end in zip(one.factors, ("A", "B"), strict=True):
                 factor.name, factor.block, factor.kind = f"{one.name}.{end}", one.block, one.kind
     for one, main, end in sides:
-        one.name, one.block, one.kind = f"{main.name}.side{end}", main.block, main.kind
+        one.name, one.block, one.kind, one.is_side = f"{main.name}.side{end}", main.block, main.kind, True
         for factor, letter in zip(one.factors or (), "AB", strict=False):
             factor.name, factor.block, factor.kind = f"{one.name}.{letter}", one.block, one.kind
 

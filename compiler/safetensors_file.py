@@ -24,7 +24,9 @@ Array = npt.NDArray[Any]
 MAX_HEADER = 100_000_000  # bytes, the limit of the format's own library
 _TYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _TYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_}
-_TYPES |= {f"{kind}{bits}": np.dtype(f"{word}{bits}") for kind, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}  # fmt: skip  # noqa: E501
+for _bits in (8, 16, 32, 64):
+    _TYPES |= {f"I{_bits}": np.dtype(f"int{_bits}"), f"U{_bits}": np.dtype(f"uint{_bits}")}
+_MAX_DIMENSIONS = 32
 
 
 def read(path: Path) -> dict[str, Array]:
@@ -87,9 +89,13 @@ def _array(path: Path, name: str, entry: Any, data: Array) -> tuple[Array, tuple
     sizes, span = _counts(shape), _counts(place)
     if sizes is None or span is None or len(span) != 2:
         raise _bad(path, f"shape and place of {name!r} as whole numbers", f"{shape!r} and {place!r}"[:120])
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise _bad(path, f"at most {_MAX_DIMENSIONS} dimensions of {name!r}", str(len(sizes)))
     dtype, (begin, end) = np.dtype(_TYPES[kind]), span
-    if not begin <= end <= data.size or end - begin != math.prod(sizes) * dtype.itemsize:
-        expected = f"{math.prod(sizes) * dtype.itemsize} bytes of {name!r} among {data.size}"
+    nbytes = math.prod(sizes) * dtype.itemsize
+    # numpy makes no array of sizes too large for it, even where one of them is 0.
+    if not begin <= end <= data.size or end - begin != nbytes or math.prod(max(one, 1) for one in sizes) >= 2**60:
+        expected = f"{nbytes} bytes of {name!r} among {data.size}"
         raise _bad(path, expected, f"bytes {begin} to {end}")
     return data[begin:end].view(dtype).reshape(sizes), (begin, end)
 

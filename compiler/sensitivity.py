@@ -8,6 +8,7 @@ Axes: T tokens, V vocabulary
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,6 +137,17 @@ class Sensitivity:
     def _outcome(self, output: Array) -> Array:
         rows = output.reshape(-1, output.shape[-1])[:: self._step].astype(np.float32, copy=False)
         return log_softmax(rows) if self.measure == "KL divergence" else rows
+
+
+def digest_of(model: ir.Model) -> str:
+    """Of all that decides what a change of weights does to the output: every node and every weight."""
+    digest = hashlib.sha256(f"onnxruntime {ort.__version__} numpy {np.__version__}".encode())
+    for node in model.graph:
+        digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        digest.update(value.const_value.tobytes())
+    return digest.hexdigest()
 
 
 def _weight(value: ir.Value, replacements: Mapping[int, Array]) -> Array:

@@ -21,7 +21,9 @@ def read(text: str) -> int | None:
     """Bytes that a size such as "90MB" stands for, None when it is none."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
-    return None if found is None or unit is None else int(float(found[1]) * unit)
+    if found is None or unit is None or len(found[1]) > 18:
+        return None
+    return int(float(found[1]) * unit)
 
 
 def bytes_besides(model: ir.Model, weights: Iterable[ir.Value]) -> int:

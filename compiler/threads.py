@@ -13,33 +13,47 @@ from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 
-_allowed: int | None = None  # of the process, as those of the linear algebra library are
+# Limits that hold now, of the process as those of the linear algebra library are, and how that one was before.
+_limits: list[int] = []
+_before: list[threadpool_limits] = []
+_lock = threading.Lock()
 
 
 @contextmanager
 def limited(count: int | None) -> Iterator[None]:
-    """Within it nothing that compresses a model uses more than `count` threads at a time; None leaves the choice.
+    """Within it each part of the work that compresses a model uses at most `count` threads; None changes nothing.
 
-    The limit is that of the process: two limits at a time, in two threads, would not be kept apart.
+    The limit is that of the process: of several at a time, in threads or one inside the other, the smallest holds. The
+    loss of the uncompressed model is measured beside the first pass, in a part of its own.
     """
-    global _allowed
-    before, _allowed = _allowed, count
+    if count is None:
+        yield
+        return
+    _change(_limits.append, count)
     try:
-        with threadpool_limits(count, user_api="blas"):
-            yield
+        yield
     finally:
-        _allowed = before
+        _change(_limits.remove, count)
+
+
+def _change(change: Callable[[int], None], count: int) -> None:
+    with _lock:
+        change(count)
+        if _before:
+            _before.pop().restore_original_limits()
+        if _limits:
+            _before.append(threadpool_limits(min(_limits), user_api="blas"))
 
 
 def workers() -> int:
     """Threads that work side by side: as many as were allowed, else one for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _allowed or cores
+    return min(_limits, default=cores)
 
 
 def session_threads() -> int:
     """What ONNX Runtime is told: as many threads as were allowed, or 0, its own choice (one for each physical core)."""
-    return _allowed or 0
+    return min(_limits, default=0)
 
 
 def in_thread(compute: Callable[[], T], name: str) -> Future[T]:

@@ -7,8 +7,7 @@ bound like all others, since ONNX Runtime ignores the adapters of its own run op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,16 +112,6 @@ class Adapters:
         if self._device == "cpu" or value.data_type() == "tensor(bfloat16)":
             return value
         return ort.OrtValue.ortvalue_from_numpy(value.numpy(), self._device, 0)
-
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[None]:
-        """Makes an adapter the default for a while; None changes nothing."""
-        before = self.default
-        self.default = before if name is None else self.find(name).name
-        try:
-            yield
-        finally:
-            self.default = before
 
     def find(self, name: str | None) -> Adapter:
         """A loaded adapter; None is the default, "" none at all.

@@ -75,6 +75,7 @@ def perplexity(
     tokens: int = 8192,
     reference: DecoderSession | None = None,
     tokenizer: Tokenizer | None = None,
+    adapter: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a model on the first `tokens` of a text.
@@ -86,6 +87,7 @@ def perplexity(
         tokens: how much of the text; a shorter text is taken whole.
         reference: the model to compare with, of the same vocabulary.
         tokenizer: makes the worst tokens readable.
+        adapter: name of a loaded adapter that `session` uses; the reference uses its default, this very session none.
         progress: called with (windows done, windows in all) after each window.
 
     Raises:
@@ -95,6 +97,7 @@ def perplexity(
     """
     ids = np.asarray(token_ids, dtype=np.int64)[:tokens]
     _check(session, reference, ids, context, tokens)
+    others = "" if reference is session else None
     windows = [ids[start : start + context] for start in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     nll = reference_nll = kl_sum = 0.0
@@ -102,12 +105,14 @@ def perplexity(
     worst: list[tuple[float, int]] = []
     for number, window in enumerate(windows):
         targets = window[1:]
-        logits = _window_logits(session, window)[:-1]
+        logits = _window_logits(session, window, adapter)[:-1]
         predicted += len(targets)
         if reference is None:
             nll -= float(log_likelihoods(logits, targets).sum())
         else:
-            found = compare(_window_logits(reference, window)[:-1], logits, targets)
+            if reference is session:  # whose buffer the second run overwrites
+                logits = logits.copy()
+            found = compare(_window_logits(reference, window, others)[:-1], logits, targets)
             nll -= float(found.log_likelihood.sum())
             reference_nll -= float(found.reference_log_likelihood.sum())
             kl_sum += float(found.kl.sum())
@@ -156,7 +161,7 @@ def _check(
         )
 
 
-def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64]) -> Floats:
+def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64], adapter: str | None) -> Floats:
     """Logits `[S, V]` of one window; views of a buffer of the session."""
     rows = max(1, _WINDOW_LOGITS_BYTES // (session.vocab_size * 4))
     starts = [*range(0, len(window), rows)]
@@ -165,9 +170,9 @@ def _window_logits(session: DecoderSession, window: npt.NDArray[np.int64]) -> Fl
         # stored. On the CPU all do.
         starts = [0, *range(1, len(window), rows)]
     if len(starts) == 1:
-        logits: Floats = session.run_logits(window[None])[0]
+        logits: Floats = session.run_logits(window[None], adapter=adapter)[0]
         return logits
-    decoding = session.begin(1, len(window))
+    decoding = session.begin(1, len(window), adapter=adapter)
     pieces = [np.array(decoding.forward(piece[None])[0]) for piece in np.split(window, starts[1:])]
     return np.concatenate(pieces)
 

@@ -119,16 +119,16 @@ class Model:
             ids: Sequence[int] = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = text
-        with self.session.adapters.using(adapter):
-            return perplexity(
-                self.session,
-                ids,
-                context=context,
-                tokens=tokens,
-                reference=reference.session if reference else None,
-                tokenizer=self._tokenizer,
-                progress=progress,
-            )
+        return perplexity(
+            self.session,
+            ids,
+            context=context,
+            tokens=tokens,
+            reference=reference.session if reference else None,
+            tokenizer=self._tokenizer,
+            adapter=adapter,
+            progress=progress,
+        )
 
 
 def load(path: str | Path, *, provider: str = "auto", threads: int | None = None, strict: bool = False) -> Model:

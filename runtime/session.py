@@ -182,12 +182,15 @@ class DecoderSession:
             raise OptionError(f"batch: expected 1 to {limit or 'any'} sequences for {self.path.name}, got {batch}")
         return Decoding(self, batch, max_length, self.adapters.find(adapter))
 
-    def run_logits(self, ids_BS: npt.ArrayLike, mask_BS: npt.ArrayLike | None = None) -> Floats:
+    def run_logits(
+        self, ids_BS: npt.ArrayLike, mask_BS: npt.ArrayLike | None = None, *, adapter: str | None = None
+    ) -> Floats:
         """The logits of every token of whole sequences, the cache neither kept nor fetched.
 
         Args:
             ids_BS: token ids, `[B, S]`.
             mask_BS: 0 where a sequence is padded on its left; None is no padding.
+            adapter: name of a loaded adapter, "" for none; None is `adapters.default`.
 
         Returns:
             float32 logits `[B, S, V]`: a view of a buffer that the next call overwrites, where the graph computes in
@@ -218,7 +221,7 @@ class DecoderSession:
             binding.bind_ortvalue_input(tensor.past, host_value(empty, tensor.type))
         logits = self._logits_buffer(batch * length).reshape(batch, length, face.vocab_size)
         bind_array(binding, face.logits, logits, output=True, type_=face.logits_type)
-        self.adapters.find(None).bind(binding)
+        self.adapters.find(adapter).bind(binding)
         self.ort.run_with_iobinding(binding)
         return as_float32(logits)
 

@@ -11,8 +11,10 @@ Axes:    N out features, K in features, R rank
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +25,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxpress.compiler import allocation, calibration, sizes, stats, whitening
+from onnxpress.compiler import sensitivity as sensitivities
 from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
-from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.linears import Linear, drop_unused
+from onnxpress.compiler.nbits import add_initializer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
-from onnxpress.compiler.sensitivity import Sensitivity
+from onnxpress.compiler.sensitivity import Sensitivity, digest_of
 from onnxpress.compiler.stats import Stats
 from onnxpress.compiler.threads import workers
 from onnxpress.compiler.whitening import Activation, Floats, output_directions
@@ -39,6 +43,7 @@ from onnxpress.passes.low_rank._pairs import break_even, matrices, put_pair, ran
 
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _PROBED = 0.25  # share of the parameters that are gone while the cost of a matrix is measured, unless a ratio says
+_LEAST = 1e-6  # of the energy of a matrix
 _PRICED_TOKENS = 4096  # of text that tell what ranks lose; fitting reads all that was asked for
 _PER_PAIR = 400  # bytes that another node, two more weights and their names take in the graph at most
 
@@ -196,14 +201,20 @@ class Whitened(Pass):
         wanted = [linear for site in sites for linear in site.linears]
         site_of = {id(linear): site for site in sites for linear in site.linears}
         sensitivity: Sensitivity | None = None
+        probed = ""
         if self.allocation == "kl":
             sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
             report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
+            probed = str(facts["sha256"])
             if self.kl is not None and sensitivity.measure != "KL divergence":
                 raise OptionError(
                     f"{self.name()}: kl has no meaning for a model without logits", hint="give ratio= or size="
                 )
-        section = context.journal.section(self.name(), "costs", str(self), context.target.name, identity())
+        # A cost is told by the whole model, of which a stage's digest has what comes before it.
+        state = digest_of(model) if sensitivity is not None else ""
+        section = context.journal.section(
+            self.name(), "costs", str(self), context.target.name, identity(type(self)), state, probed
+        )
         seen: set[int] = set()
         few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
         with Calibration(model, few, wanted, context.work_dir) as run:
@@ -242,7 +253,8 @@ class Whitened(Pass):
                 cut = site.linears[0].stored_form((first @ second).T.astype(np.float32))
                 lost = sensitivity.distance({id(site.linears[0].weight): cut})
                 dropped = found.dropped(rank)
-                cost = (lost if np.isfinite(lost) else _RUINED) / dropped if dropped > 0 else 0.0
+                # Below this what is dropped is rounding, and so would be its price.
+                cost = (lost if np.isfinite(lost) else _RUINED) / max(dropped, _LEAST * whole)
             record[f"{index}.energy"], record[f"{index}.cost"] = found.energy, np.array(cost)
         return record
 
@@ -270,7 +282,9 @@ class Whitened(Pass):
             besides, budget = 0, whole - asked + self._removed(pairs) * itemsize
         chosen = allocate(options, budget)
         if chosen is None:
-            nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
+            split = sum(one.num_out * one.num_in for one in pairs) * (sites[0].itemsize if sites else 0)
+            gone = whole - least + self._removed(pairs) * (sites[0].itemsize if sites else 0)
+            nearest = f"ratio={math.floor(1e4 * gone / (whole + split)) / 1e4}"
             if self.size is not None:
                 nearest = f"size='{sizes.written(least + besides)}'"
             raise OptionError(
@@ -294,25 +308,28 @@ class Whitened(Pass):
         site_of = {id(linear): site for site in sites for linear in site.linears}
         wanted = [linear for site in sites for linear in site.linears]
         plan = repr([(site.name, site.rank) for site in sites])
-        section = context.journal.section(self.name(), str(self), plan, context.target.name, identity())
+        section = context.journal.section(self.name(), str(self), plan, context.target.name, identity(type(self)))
         resumed = 0
         with Calibration(model, windows, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, self.name())):
                 digest = run.digest(stage)
                 record = section.read(str(number), digest)
                 resumed += record is not None
+                # Where layers share a weight, the first of them decides.
                 open_sites = [(one, site_of[id(one)]) for one in stage.linears if not site_of[id(one)].result]
+                decided = [(one, site_of[id(one)]) for one in stage.linears if site_of[id(one)].result]
                 is_needed = any(site.rank is not None or self.refits for _, site in open_sites)
                 group = run.observe(stage, with_stats=record is None and is_needed)
                 if record is None:
                     record = self._fitted(open_sites, group.stats) if is_needed else {}
                     section.write(str(number), digest, record)
+                for linear, site in decided:
+                    group.replace(linear, _dense(site.result))
                 for index, (linear, site) in enumerate(open_sites):
                     result = [record[key] for key in (f"{index}.0", f"{index}.1") if key in record]
                     if result:
                         site.output_error = float(record[f"{index}.error"])
-                        dense = result[0] if len(result) == 1 else result[0] @ result[1]
-                        group.replace(linear, np.asarray(dense.T, np.float32))
+                        group.replace(linear, _dense(result))
                         site.result = tuple(_on_disk(one, context.work_dir) for one in result)
         if resumed:
             report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
@@ -362,8 +379,18 @@ class Whitened(Pass):
             put_pair(graph, site.linears, *result)
         elif result:
             report.change(site.name, **facts, parameters_after=rows * columns)
+            new = add_initializer(graph, f"{site.name}.refitted", result[0].T if not linear.is_turned() else result[0])
             for one in site.linears:
-                one.set_weight(lambda: np.asarray(result[0].T, np.float32), f"{site.name}.refitted")
+                old, node = one.weight, one.node
+                if one.holder == "Transpose+MatMul":
+                    turned = node.inputs[1].producer()  # type: ignore[union-attr]
+                    assert turned is not None
+                    node = turned
+                for index, value in enumerate(node.inputs):
+                    if value is old:
+                        node.replace_input_with(index, new)
+                one.weight = new
+                drop_unused(graph, old)
         else:
             report.skip(site.name, "stays whole: no rank below its break-even is worth what it costs")
 
@@ -385,9 +412,10 @@ class Whitened(Pass):
         ]
 
 
-def identity() -> str:
+def identity(kind: type[Pass]) -> str:
     """Of everything that may change a last bit: results of another state are not resumed."""
-    sources = [__file__, *(one.__file__ for one in (allocation, calibration, stats, whitening, _pairs))]
+    modules = (allocation, calibration, sensitivities, stats, whitening, _pairs, sys.modules[kind.__module__])
+    sources = [__file__, *(one.__file__ for one in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
 
@@ -397,6 +425,12 @@ def _option(site: _Site, rank: int | None) -> Option:
         return Option(0.0, site.parameters * site.itemsize)
     rows, columns = site.linears[0].shape
     return Option(site.cost * float(site.energy[rank:].sum()), rank * (rows + columns) * site.itemsize)
+
+
+def _dense(result: Sequence[Floats]) -> Floats:
+    """The matrix that a result stands for, float32 [N, K]; numpy has no quick product of float16."""
+    whole: Floats = functools.reduce(np.matmul, [np.asarray(one, np.float32) for one in result])
+    return whole.T
 
 
 def _on_disk(array: Floats, folder: Path | None) -> Floats:

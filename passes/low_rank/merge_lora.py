@@ -93,6 +93,11 @@ class _Job:
     name: str
     pieces: list[_Piece] = field(default_factory=list)
 
+    @property
+    def norm(self) -> float:
+        """||B A|| of all pieces."""
+        return math.sqrt(sum(update_norm(one.update.a_RK, one.b_NR) ** 2 for one in self.pieces))
+
     def merged(self, w_NK: Floats) -> Floats:
         total = np.array(w_NK, np.float32)
         for piece in self.pieces:
@@ -102,7 +107,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeLora(Pass):
-    """Makes an adapter part of the weights. All of its modules find their matrix, or nothing is changed."""
+    """Makes an adapter part of the weights. All of its modules find their matrix, or it is an error."""
 
     promise: ClassVar[Promise] = Promise.LOSSY
     paper: ClassVar[str] = "arXiv:2106.09685"
@@ -140,8 +145,7 @@ class MergeLora(Pass):
             _check(job, adapter)
         lost = whole = 0.0
         for job in context.track(jobs, "merge_lora"):
-            norm = math.sqrt(sum(update_norm(one.update.a_RK, one.b_NR) ** 2 for one in job.pieces))
-            error = self._merge(model.graph, job)
+            error, norm = self._merge(model.graph, job)
             lost, whole = lost + error**2, whole + norm**2
             share = error / norm if norm else 0.0
             modules = [piece.update.module for piece in job.pieces]
@@ -164,29 +168,51 @@ class MergeLora(Pass):
         model.metadata_props[MERGED] = " ".join([*merged, adapter.digest])
         return report
 
-    def _merge(self, graph: ir.Graph, job: _Job) -> float:
-        """Changes the stored matrix; ||what is stored - what should be||, 0 for floats."""
+    def _merge(self, graph: ir.Graph, job: _Job) -> tuple[float, float]:
+        """Changes the stored matrix; norms of what is stored less what should be (0 for float32), and of the change."""
         holder = job.holder
         if isinstance(holder, Embedding):
             return _merge_table(graph, job, holder)
         if holder.factors is not None:
             _widen(graph, job, *holder.factors)
-            return 0.0
+            return 0.0, job.norm
+        if holder.holder in _FLOATS:
+            size = _rounding(job, holder.w_NK(), holder.weight.dtype)
         if _is_turned_for_others(holder):
             _untie(graph, job, holder)
-            return 0.0
+            return size
         if holder.holder in _FLOATS:
             before = dataclasses.replace(holder)
             name = unique_name(graph, str(holder.weight.name))
             holder.set_weight(lambda: job.merged(before.w_NK()), name)
-            return 0.0
+            return size
         old = coded(holder.node)
         assert old is not None
-        wanted = job.merged(holder.w_NK())
+        before_NK = holder.w_NK()
+        wanted = job.merged(before_NK)
         new = nearest(wanted, old)
         level = holder.node.attributes.get("accuracy_level")
         replace_linear(holder, store(graph, holder.name, new), 0 if level is None else level.as_int())
-        return float(np.linalg.norm(new.w_NK() - wanted))
+        return float(np.linalg.norm(new.w_NK() - wanted)), float(np.linalg.norm(wanted - before_NK))
+
+
+def _rounding(job: _Job, w_NK: Floats, dtype: ir.DataType | None) -> tuple[float, float]:
+    """(error, change) of a float matrix: what a type shorter than float32 swallows of an update.
+
+    Raises:
+        UnsupportedModelError: the type does not hold the sum.
+    """
+    if dtype is None or dtype.itemsize >= np.dtype(np.float32).itemsize:
+        return 0.0, job.norm
+    wanted = job.merged(w_NK)
+    with np.errstate(over="ignore"):
+        stored = wanted.astype(dtype.numpy()).astype(np.float32)
+    if not np.isfinite(stored).all():
+        raise UnsupportedModelError(
+            f"{job.name}: expected a sum that {dtype.name.lower()} holds, found {np.abs(wanted).max():.3g}",
+            hint="merge into a float32 model",
+        )
+    return float(np.linalg.norm(stored - wanted)), float(np.linalg.norm(wanted - w_NK))
 
 
 def _plan(model: ir.Model, adapter: Adapter, context: Context) -> list[_Job]:
@@ -195,6 +221,7 @@ def _plan(model: ir.Model, adapter: Adapter, context: Context) -> list[_Job]:
     sites = {site.target.name: site for site in find_sites(linears, find_embeddings(model, linears))}
     targets = [site.target for site in sites.values()]
     jobs: dict[int, _Job] = {}
+    taken: dict[str, str] = {}
     for module, update in adapter.updates.items():
         try:
             places = place(module, update.shape, targets, context.config, is_table=update.is_table)
@@ -205,6 +232,12 @@ def _plan(model: ir.Model, adapter: Adapter, context: Context) -> list[_Job]:
             raise
         for one in places:
             site = sites[one.target.name]
+            other = taken.setdefault(one.target.name, module)
+            if other != module:
+                raise UnsupportedModelError(
+                    f"{adapter.path}: expected one module for {one.target.name}, found {other} and {module}",
+                    hint="the adapter holds modules of another part of the model, which this graph lacks",
+                )
             name = site.target.name if isinstance(site.holder, Embedding) else site.holder.name
             rows = np.arange(len(update.b_NR)) if one.rows is None else one.rows
             jobs.setdefault(id(site.holder), _Job(site.holder, name)).pieces.append(_Piece(update, site.start, rows))
@@ -238,18 +271,20 @@ def _check(job: _Job, adapter: Adapter) -> None:
         )
 
 
-def _merge_table(graph: ir.Graph, job: _Job, embedding: Embedding) -> float:
+def _merge_table(graph: ir.Graph, job: _Job, embedding: Embedding) -> tuple[float, float]:
     """Of a token table; one that the head shares is stored a second time, since only lookups get the update."""
     if embedding.node.op_type == "GatherBlockQuantized":
         old = coded(embedding.node)
         assert old is not None
-        wanted = np.ascontiguousarray(job.merged(embedding.table_VH().T).T)
+        before_VH = embedding.table_VH()
+        wanted = np.ascontiguousarray(job.merged(before_VH.T).T)
         new = nearest(wanted, old)
         stored = store(graph, f"{job.name}.merged", new)
         replace_embedding(embedding, stored, shared=False, explicit_zero=old.zero is not None)
-        return float(np.linalg.norm(new.w_NK() - wanted))
+        return float(np.linalg.norm(new.w_NK() - wanted)), float(np.linalg.norm(wanted - before_VH))
     table = embedding.table
     assert table.const_value is not None
+    size = _rounding(job, embedding.table_VH().T, table.const_value.dtype)
 
     def make(w_VH: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return job.merged(np.asarray(w_VH, np.float32).T).T.astype(w_VH.dtype)
@@ -258,7 +293,7 @@ def _merge_table(graph: ir.Graph, job: _Job, embedding: Embedding) -> float:
     embedding.node.replace_input_with(0, new_table)
     drop_unused(graph, table)
     embedding.table = new_table
-    return 0.0
+    return size
 
 
 def _is_turned_for_others(linear: Linear) -> bool:

@@ -233,5 +233,5 @@ def refit(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, ridge
 
 
 def quadratic(x_KN: Floats, h_KK: Floats) -> float:
-    """tr[X^T H X], summed in float64; both float32."""
-    return float(np.einsum("kn,kn->", h_KK @ x_KN, x_KN, dtype=np.float64))
+    """tr[X^T H X], summed in float64; both float32. Rounding makes no negative number of one near 0."""
+    return max(float(np.einsum("kn,kn->", h_KK @ x_KN, x_KN, dtype=np.float64)), 0.0)

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from onnxpress.compiler import sizes
 from onnxpress.compiler.allocation import Option, allocate
@@ -27,7 +26,7 @@ from onnxpress.compiler.errors import OptionError, PreconditionError, Unsupporte
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.compiler.sensitivity import Sensitivity
+from onnxpress.compiler.sensitivity import Sensitivity, digest_of
 from onnxpress.passes.quantization._fitted_errors import fitted_errors
 from onnxpress.passes.quantization._mixed import Fitted, Rounded
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
@@ -213,12 +212,7 @@ class Mixed(Pass):
     ) -> None:
         """Measures what each item costs in `_PROBE`, and derives what it would in its other formats."""
         digest = hashlib.sha256(np.ascontiguousarray(ids_WS).data)
-        digest.update(f"onnxruntime {ort.__version__} numpy {np.__version__}".encode())
-        for node in model.graph:
-            digest.update(ir.to_proto(node).SerializeToString(deterministic=True))
-        for value in model.graph.initializers.values():
-            assert value.const_value is not None
-            digest.update(value.const_value.tobytes())
+        digest.update(digest_of(model).encode())
         section = context.journal.section("mixed", context.target.name, str(self.probe))
         for number, item in enumerate(context.track(items, f"{self.name()}: what each matrix costs")):
             # Weights that were on such a grid before show nothing there: then the coarsest format is the probe.
