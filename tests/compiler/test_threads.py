@@ -25,13 +25,26 @@ def test_a_limit_lasts_as_long_as_its_block_even_when_that_fails() -> None:
     def fail() -> None:
         with limited(1):
             assert (workers(), session_threads(), _blas()) == (1, 1, {1})
-            with limited(3):
-                assert workers() == 3
-            assert workers() == 1
+            with limited(3):  # the smallest holds
+                assert workers() == 1
+            with limited(None):
+                assert workers() == 1
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
+    assert (workers(), session_threads(), _blas()) == before
+
+
+def test_limits_of_two_threads_end_apart() -> None:
+    before = workers(), session_threads(), _blas()
+    first, second = limited(1), limited(2)
+    first.__enter__()
+    second.__enter__()
+    assert workers() == 1
+    first.__exit__(None, None, None)
+    assert (workers(), _blas()) == (2, {2})
+    second.__exit__(None, None, None)
     assert (workers(), session_threads(), _blas()) == before
 
 

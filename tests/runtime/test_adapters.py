@@ -65,8 +65,7 @@ def merged(place: Path, name: str) -> DecoderSession:
 @pytest.mark.parametrize("name", ["", "one", "two"])
 def test_whole_sequences_prompts_and_steps(name: str, session: DecoderSession, place: Path) -> None:
     other = merged(place, name)
-    with session.adapters.using(name):
-        assert np.allclose(session.run_logits([PROMPT]), other.run_logits([PROMPT]), atol=1e-4)
+    assert np.allclose(session.run_logits([PROMPT], adapter=name), other.run_logits([PROMPT]), atol=1e-4)
     mine, theirs = session.begin(1, 32, name), other.begin(1, 32)
     assert np.allclose(mine.prefill([PROMPT]), theirs.prefill([PROMPT]), atol=1e-4)
     for token in (3, 9, 200):

@@ -98,7 +98,7 @@ def test_the_worst_tokens_are_found_and_readable(decoder, tmp_path):
         def __getattr__(self, name):
             return getattr(session, name)
 
-        def run_logits(self, window_BS):
+        def run_logits(self, window_BS, adapter=None):
             logits = run(window_BS).copy()
             if window_BS[0, 0] == ids[16]:
                 logits[0, bad - 16 - 1] = 0

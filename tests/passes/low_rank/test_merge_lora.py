@@ -186,6 +186,43 @@ def test_a_pass_before_is_remembered(tmp_path: Path) -> None:
         MergeLora(path=str(write_adapter(tmp_path, {Q: (32, 32)}))).run(decoder(), context)
 
 
+def test_short_floats_tell_what_they_swallow(tmp_path: Path) -> None:
+    model = decoder()
+    linear = find_linears(model)[0]
+    short = linear.w_NK().astype(ir.DataType.BFLOAT16.numpy())
+    linear.weight.const_value = ir.tensor(np.ascontiguousarray(short.T if linear.is_turned() else short))
+    linear.weight.dtype = ir.DataType.BFLOAT16
+    a, b = factors(linear.shape, scale=0.005)
+    path = write_adapter(tmp_path / "fine", {linear.name: (a, b)})
+    before = linear.w_NK().copy()
+    report = merge(model, path, max_loss=2.0)
+    after = find_linears(model)[0].w_NK()
+    lost = np.linalg.norm(after - before - b @ a) / np.linalg.norm(b @ a)
+    assert lost > 0.1
+    assert report.metrics["update_error"] == pytest.approx(lost, rel=0.02)
+
+
+def test_two_modules_of_one_matrix_are_refused(tmp_path: Path) -> None:
+    model = decoder()
+    linear = next(one for one in find_linears(model) if one.kind == "q")
+    names = ["model.layers.0.self_attn.q_proj", "other.layers.0.self_attn.q_proj"]
+    path = write_adapter(tmp_path / "twice", dict.fromkeys(names, linear.shape))
+    with pytest.raises(UnsupportedModelError, match=r"expected one module for block0\.q, found model"):
+        merge(model, path)
+
+
+def test_the_word_smooth_in_a_path_is_no_pass(tmp_path: Path) -> None:
+    model = decoder()
+    linear = find_linears(model)[0]
+    for number, name in enumerate(("my-smooth-talker", "other")):
+        path = write_adapter(tmp_path / name, {linear.name: factors(linear.shape, seed=number)})
+        passes = pipeline.parse(f"merge_lora(path={str(path)!r})")
+        ((_, report),) = pipeline.run(
+            model, passes, Context(history=[f"merge_lora(path='{tmp_path}/my-smooth-talker')"])
+        )
+        assert report.changed
+
+
 def test_options() -> None:
     with pytest.raises(OptionError, match="path must be the directory"):
         MergeLora()

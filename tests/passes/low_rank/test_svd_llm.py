@@ -11,12 +11,14 @@ import graphs
 import numpy as np
 import onnx_ir as ir
 import pytest
+from decoders import decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.artifact import write_graph
+from onnxpress.compiler.calibration import Group
 from onnxpress.compiler.calibration_text import CalibrationText, feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.journal import Journal
@@ -254,6 +256,59 @@ def test_both_factors_are_quantized_by_what_they_read(fused: ir.Model) -> None:
     assert all(half.holder == "MatMulNBits" for half in halves)
     assert len(report.changed) >= len(halves)
     assert np.abs(logits(fused) - before).max() < 0.05 * np.abs(before).max()
+
+
+def shared() -> ir.Model:
+    """Two layers of which the matrix that goes up is the same."""
+    model = decoder()
+    nodes = {node.name: node for node in model.graph}
+    nodes["l1.up"].replace_input_with(1, nodes["l0.up"].inputs[1])
+    return model
+
+
+def test_all_readers_of_a_shared_matrix_get_its_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    real = Group.replace
+
+    def replace(self: Group, linear: Linear, w_NK: Array) -> None:
+        seen.append(linear.name)
+        real(self, linear, w_NK)
+
+    monkeypatch.setattr(Group, "replace", replace)
+    model = shared()
+    report = run(model, "svd_llm(ratio=0.6, allocation='uniform', kinds=('up', 'down'), tokens=128, length=32)")
+    assert {"block0.up", "block1.up"} <= set(seen)
+    assert sum(row["site"].endswith(".up") for row in report.ledger) == 1
+    first, second = (one for one in find_linears(model) if one.kind == "up")
+    assert first.weight is second.weight
+
+
+def test_a_shared_matrix_that_stays_whole_stays_one() -> None:
+    model = shared()
+    text = "kinds=('up', 'down'), tokens=128, length=32, probe=16"
+    for ratio in (0.02, 0.1, 0.3):  # matrices refitted once are refitted again
+        run(model, f"svd_llm(ratio={ratio}, {text})")
+    ups = [one for one in find_linears(model) if one.kind == "up"]
+    assert ups[0].weight is ups[1].weight
+    graphs.session(model)
+
+
+def test_costs_of_another_model_are_not_resumed(tmp_path: Path) -> None:
+    """The head is changed, which no stage before it shows."""
+    passes, journal = "svd_llm(kl=0.05, tokens=128, length=32, probe=16)", Journal(tmp_path / "journal")
+
+    def changed() -> ir.Model:
+        model = decoder()
+        head = next(one for one in find_linears(model) if one.kind == "head")
+        w_NK = head.w_NK() * np.float32(4)
+        head.set_weight(lambda: w_NK, "head.changed")
+        return model
+
+    run(decoder(), passes, journal=journal)
+    resumed, want = changed(), changed()
+    run(resumed, passes, journal=journal)
+    run(want, passes)
+    assert graphs.text(resumed) == graphs.text(want)
 
 
 class Killed(BaseException):
