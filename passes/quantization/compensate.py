@@ -89,7 +89,7 @@ class Compensate(Calibrated):
                 in_vain.append(site.name)
             yield site, coded
         if not able:
-            report.notes.append(f"no matrix is large enough to be repaired by a product of rank {self.rank}")
+            report.notes.append(f"no float matrix is large enough to be repaired by a product of rank {self.rank}")
         if in_vain:
             report.notes.append(f"{len(in_vain)} matrices gain nothing by a product and have none: {in_vain[:4]}")
 
@@ -108,7 +108,8 @@ class Compensate(Calibrated):
             blocks = -(-num_in // _block(num_in))
             itemsize = site.dtype.numpy().itemsize
             short = self.scale_bits == 8 and itemsize == 4
-            total += num_out * (blocks * _block(num_in) + (blocks + 4 if short else blocks * itemsize))
+            scales = min(blocks + 4, blocks * itemsize) if short else blocks * itemsize
+            total += num_out * (blocks * _block(num_in) + scales)
         return total
 
     def _choose(self, model: ir.Model, sites: list[Site], context: Context, report: Report) -> None:
