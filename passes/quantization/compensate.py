@@ -206,7 +206,8 @@ class Compensate(Calibrated):
     ) -> Coded:
         """Codes and thin matrices that together are nearest to the target, of all that taking turns came by."""
         chosen, dtype = site.format, site.dtype.numpy()
-        best_loss, best = math.inf, None
+        best_loss = math.inf
+        best: tuple[Floats, least_squares.Grid, tuple[CodedMatrix, CodedMatrix] | None] | None = None
         best_KN = side_KN = np.zeros_like(target_KN)  # what is still off, and the product
         side: tuple[CodedMatrix, CodedMatrix] | None = None
         for turn in range(self.turns + 1):
