@@ -246,7 +246,7 @@ LATER = ["pack", "simplify", f"rtn(requantize=True, bits=8, {KEPT})", f"gptq(tok
 
 @pytest.mark.parametrize("later", LATER)
 def test_later_passes_take_the_repair_for_what_it_is(fused: ir.Model, later: str) -> None:
-    run(fused, f"compensate(rank=16, {TEXT})")
+    run(fused, f"compensate(rank=16, tokens=256, length=32, {KEPT})")
     want = logits(fused)
     names = {one.name for one in find_linears(fused)}
     run(fused, later)
