@@ -203,11 +203,13 @@ class WeightOnly(Pass):
             put(model.graph, site, matrix, self.accuracy_level, context, coded.side)
             loss, norm = loss + coded.loss, norm + coded.norm
             weights += site.shape[0] * site.shape[1]
-            nbytes += matrix.nbytes + sum(one.nbytes for one in sides)
+            held = matrix.nbytes + sum(one.nbytes for one in sides)
+            nbytes += held
             note(
                 report,
                 site,
                 matrix,
+                held,
                 weight_error=math.sqrt(coded.loss / coded.norm) if coded.norm else 0.0,
                 snr_db=10 * math.log10(coded.norm / coded.loss) if coded.loss and coded.norm else math.inf,
                 **coded.facts,
@@ -352,15 +354,15 @@ class WeightOnly(Pass):
         return without_kernel(dtype_of(node, weight), context)
 
 
-def note(report: Report, site: Site, matrix: CodedMatrix, **facts: Any) -> None:
-    """The row of a stored site in the ledger; `facts` are about its errors."""
+def note(report: Report, site: Site, matrix: CodedMatrix, nbytes: int, **facts: Any) -> None:
+    """The row of a stored site in the ledger; `nbytes` is all that it takes, `facts` are about its errors."""
     report.change(
         site.name,
         kind=site.linears[0].kind if site.linears else "embedding",
         shape=list(site.shape),
         bits=matrix.bits,
         block_size=matrix.block_size,
-        bytes=matrix.nbytes,
+        bytes=nbytes,
         **facts,
     )
 

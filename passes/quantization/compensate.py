@@ -2,7 +2,8 @@
 
 The two are fitted in turn: the product to what rounding has left, weighed by the second moments of the activation, then
 the codes to what the product leaves of the weights. The thin matrices are stored in 8 bits. They cost bytes and three
-more operators for each linear, so `size` gives them only to those of which the model gains most per byte.
+more operators for each linear, so `size` gives them only to those of which the model gains most per byte. A matrix that
+gains nothing over codes alone stays without.
 
 Paper:   arXiv:2410.06040 (QERA, theorem 1), arXiv:2402.02446 (LQER), arXiv:2405.18886 (CALDERA: taking turns)
 Differs: codes come from gptq with teacher's targets; the product is the best one for the outputs (see `whitening`);
@@ -13,6 +14,7 @@ Axes:    N out features, K in features, R rank
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -37,11 +39,11 @@ from onnxpress.passes.quantization._weight_only import (
     Coded,
     Site,
     calibration_windows,
-    fitting_block,
-    plain,
 )
 
 _PRICED_TOKENS = 4096  # of text that tell which matrices gain
+_STEP = 16  # between ranks that are chosen from
+_ROWS = 96  # of a matrix that tell whether codes alone would do as well
 _PER_SIDE = 1500  # bytes that three more nodes, four more weights and their names take in the graph at most
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 
@@ -50,21 +52,22 @@ _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 class Compensate(Calibrated):
     """Rounds weights with the help of calibration text, and repairs them by products of low rank.
 
-    Embedding and head, and matrices of less than twice the rank, get codes alone. Options as in every weight-only pass.
+    Embedding and head, and matrices of no more than twice the rank, get codes alone. Options as in every weight-only
+    pass.
     """
 
     paper: ClassVar[str] = "arXiv:2410.06040"
 
-    rank: int = 32  # of the product, a multiple of 16
-    turns: int = 2  # how often product and codes are fitted to each other
+    rank: int = 32  # of the product, a multiple of 16; with `size` the largest
+    turns: int = 4  # how often codes are fitted to what the product leaves; only the last time costs what gptq does
     weigh: Literal["exact", "diagonal", "none"] = "exact"  # error by all moments (QERA), by sizes (LQER), by none (SVD)
-    size: str | None = None  # bytes of all products together, "2MB"; those of which the model gains most get one
+    size: str | None = None  # bytes of all products together, "2MB": ranks go where the model gains most per byte
     probe: int = 512  # tokens on which it is measured what a matrix costs the model
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.rank >= 16 and self.rank % 16 == 0, "rank", "a multiple of 16", "32 suits most models")
-        self.check(self.turns >= 1, "turns", "at least 1", "2 suits most models")
+        self.check(self.turns >= 1, "turns", "at least 1", "4 suits most models")
         self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '2MB'")
         self.check(self.probe >= 16, "probe", "at least 16", "512 suits most models")
 
@@ -75,29 +78,42 @@ class Compensate(Calibrated):
     def code(
         self, model: ir.Model, sites: list[Site], linears: list[Linear], context: Context, report: Report
     ) -> Iterator[tuple[Site, Coded]]:
-        able = [site for site in sites if self._can_be_repaired(site)]
+        able = [site for site in sites if self._ranks(site)]
         for site in able:
             site.rank = self.rank
         if self.size is not None and able:
             self._choose(model, able, context, report)
-        yield from super().code(model, sites, linears, context, report)
+        in_vain = []
+        for site, coded in super().code(model, sites, linears, context, report):
+            if site.rank and coded.side is None:
+                in_vain.append(site.name)
+            yield site, coded
+        if not able:
+            report.notes.append(f"no float matrix is large enough to be repaired by a product of rank {self.rank}")
+        if in_vain:
+            report.notes.append(f"{len(in_vain)} matrices gain nothing by a product and have none: {in_vain[:4]}")
 
-    def _can_be_repaired(self, site: Site) -> bool:
-        is_float = bool(site.linears) and all(one.holder in FLOATS and one.kind != "head" for one in site.linears)
-        return is_float and not site.embeddings and min(site.shape) > 2 * self.rank
+    def _ranks(self, site: Site) -> list[int]:
+        """Ranks that a product may have here, from small to large."""
+        if site.embeddings or any(one.holder not in FLOATS or one.kind == "head" for one in site.linears):
+            return []
+        ranks = [self.rank] if self.size is None else range(_STEP, self.rank + 1, _STEP)
+        return [rank for rank in ranks if min(site.shape) > 2 * rank]
 
-    def _nbytes(self, site: Site) -> int:
+    def _nbytes(self, site: Site, rank: int) -> int:
         """Bytes of both thin matrices: a byte and the share of a block's scale for each weight, and their nodes."""
         rows, columns = site.shape
-        scale = 1 if self.scale_bits == 8 else 4
-        weights = self.rank * (rows + columns)
-        return weights + weights * scale // self._block(columns) + _PER_SIDE * len(site.linears)
-
-    def _block(self, width: int) -> int:
-        return fitting_block(width, 32 if self.rank % 32 == 0 else 16, 8, exact=False) or 16
+        total = _PER_SIDE * len(site.linears)
+        for num_out, num_in in ((rank, columns), (rows, rank)):
+            blocks = -(-num_in // _block(num_in))
+            itemsize = site.dtype.numpy().itemsize
+            short = self.scale_bits == 8 and itemsize == 4
+            scales = min(blocks + 4, blocks * itemsize) if short else blocks * itemsize
+            total += num_out * (blocks * _block(num_in) + scales)
+        return total
 
     def _choose(self, model: ir.Model, sites: list[Site], context: Context, report: Report) -> None:
-        """Leaves a rank to those sites of which the model gains most per byte."""
+        """Gives every site the rank that the budget has for it, which may be 0."""
         site_of = {id(one): site for site in sites for one in site.linears}
         wanted = [one for site in sites for one in site.linears]
         windows = calibration_windows(model, wanted, site_of, context, Report(), _PRICED_TOKENS, self.length)
@@ -109,27 +125,49 @@ class Compensate(Calibrated):
                 group = run.observe(stage)
                 if not is_finite(group):
                     continue
+                moments, _ = self.prepared(group)
                 activation = Activation(self._weights(group.stats))
                 for linear in group.linears:
                     site = site_of[id(linear)]
                     if id(site) not in options:
-                        options[id(site)] = self._priced(linear, site, activation, sensitivity)
+                        options[id(site)] = self._priced(linear, site, moments, activation, sensitivity)
         priced = [site for site in sites if id(site) in options]
         chosen = allocate([options[id(site)] for site in priced], sizes.read(self.size or "0") or 0)
+        for site in sites:
+            site.rank = 0
         for site, index in zip(priced, chosen or [], strict=True):
-            site.rank = self.rank * index
-        count = sum(bool(site.rank) for site in sites)
-        report.notes.append(f"{count} of {len(sites)} matrices that can be repaired are, within {self.size}")
+            site.rank = ([0, *self._ranks(site)])[index]
+        counts = Counter(site.rank for site in sites if site.rank)
+        ranks = ", ".join(f"{count} with rank {rank}" for rank, count in sorted(counts.items()))
+        report.notes.append(
+            f"{counts.total()} of {len(sites)} matrices that can be repaired are, within {self.size}"
+            + (f": {ranks}" if ranks else "; a larger size repairs some")
+        )
 
-    def _priced(self, linear: Linear, site: Site, activation: Activation, sensitivity: Sensitivity) -> list[Option]:
-        """What the model loses by a matrix rounded to the nearest, and by one repaired, if losses go with errors."""
-        rounded_NK = plain(site).matrix.w_NK()
-        lost = sensitivity.distance({id(linear.weight): linear.stored_form(rounded_NK)})
+    def _priced(
+        self,
+        linear: Linear,
+        site: Site,
+        moments: least_squares.Moments,
+        activation: Activation,
+        sensitivity: Sensitivity,
+    ) -> list[Option]:
+        """What the model loses by a matrix in codes alone, and by one that each rank repairs, if losses go with errors.
+
+        The codes are those of one sweep, since the errors of rounding to the nearest have other directions.
+        """
+        w_NK = linear.w_NK()
+        steps_KN, grid = solve(np.ascontiguousarray(w_NK.T), site.format, site.dtype.numpy(), moments, rounds=0)
+        coded_NK: Floats = (steps_KN * grid.spread(grid.scale_GN, len(steps_KN))).T
+        lost = sensitivity.distance({id(linear.weight): linear.stored_form(coded_NK)})
         lost = lost if math.isfinite(lost) else _RUINED
-        found = output_directions(linear.w_NK() - rounded_NK, activation)
+        found = output_directions(w_NK - coded_NK, activation)
         whole = float(found.energy.sum())
-        left = found.dropped(self.rank) / whole if whole > 0 else 1.0
-        return [Option(lost, 0), Option(lost * left, self._nbytes(site))]
+        options = [Option(lost, 0)]
+        for rank in self._ranks(site):
+            left = found.dropped(rank) / whole if whole > 0 else 1.0
+            options.append(Option(lost * left, self._nbytes(site, rank)))
+        return options
 
     def _weights(self, stats: Stats) -> Floats:
         """H by which the error at the inputs is weighed."""
@@ -168,29 +206,37 @@ class Compensate(Calibrated):
     ) -> Coded:
         """Codes and thin matrices that together are nearest to the target, of all that taking turns came by."""
         chosen, dtype = site.format, site.dtype.numpy()
+        best_loss = math.inf
+        best: tuple[Floats, least_squares.Grid, tuple[CodedMatrix, CodedMatrix] | None] | None = None
+        best_KN = side_KN = np.zeros_like(target_KN)  # what is still off, and the product
         side: tuple[CodedMatrix, CodedMatrix] | None = None
-        side_KN: Floats = np.zeros((), np.float32)
-        best: tuple[float, Coded] | None = None
         for turn in range(self.turns + 1):
             is_last = turn == self.turns
             steps_KN, grid = solve(target_KN - side_KN, chosen, dtype, moments, rounds=self.rounds if is_last else 0)
             left_KN = target_KN - steps_KN * grid.spread(grid.scale_GN, len(steps_KN))
-            fitted = self._side(left_KN, site.rank, moments, activation, dtype)
-            for one in (side, fitted):
+            # Rounded to 8 bits, a new product may be worse than the one the codes were fitted to.
+            for one in (side, self._side(left_KN, site.rank, moments, activation, dtype)):
                 if one is None:
                     continue
-                product_KN = (one[1].w_NK() @ one[0].w_NK()).T
-                loss = least_squares.quadratic(left_KN - product_KN, moments.plain_KK)
-                if best is None or loss < best[0]:
-                    best = loss, coded_steps(w_NK, steps_KN, grid, chosen, dtype, moments, one)
-                if one is fitted:
-                    side_KN = product_KN
-            side = fitted
-        assert best is not None
-        coded = best[1]
+                side, side_KN = one, (one[1].w_NK() @ one[0].w_NK()).T
+                off_KN = left_KN - side_KN
+                loss = least_squares.quadratic(off_KN, moments.plain_KK)
+                if loss < best_loss:
+                    best_loss, best, best_KN = loss, (steps_KN, grid, one), off_KN
+        # Codes alone need not settle for less in the last turn; rows are fitted one by one, so a few of them tell.
+        rows = slice(None, None, -(-len(w_NK) // _ROWS))
+        target_KR = np.ascontiguousarray(target_KN[:, rows])
+        alone_KR, alone = solve(target_KR, chosen, dtype, moments, rounds=self.rounds)
+        alone_KR = target_KR - alone_KR * alone.spread(alone.scale_GN, len(alone_KR))
+        before = least_squares.quadratic(alone_KR, moments.plain_KK)
+        after = least_squares.quadratic(np.ascontiguousarray(best_KN[:, rows]), moments.plain_KK)
+        if best is None or not after < before:
+            steps_KN, grid = solve(target_KN, chosen, dtype, moments, rounds=self.rounds)
+            best = steps_KN, grid, None
+        coded = coded_steps(w_NK, *best[:2], chosen, dtype, moments, best[2])
         error, energy = coded.facts["error"], coded.facts["energy"]
-        output_error = math.sqrt(error / energy) if energy else 0.0
-        return coded._replace(facts={"output_error": output_error, "rank": site.rank})
+        facts = {"output_error": math.sqrt(error / energy) if energy else 0.0}
+        return coded._replace(facts=facts | ({} if best[2] is None else {"rank": site.rank}))
 
     def _side(
         self,
@@ -215,10 +261,15 @@ class Compensate(Calibrated):
         matrix, _, _ = round_matrix(
             np.ascontiguousarray(w_NK, np.float32),
             bits=8,
-            block_size=self._block(w_NK.shape[1]),
+            block_size=_block(w_NK.shape[1]),
             symmetric=True,
             scales="max",
             scale_bits=self.scale_bits,
             scale_dtype=dtype,
         )
         return matrix
+
+
+def _block(width: int) -> int:
+    """Weights of a row of a thin matrix that share a scale."""
+    return 32 if width % 32 == 0 else 16

@@ -276,7 +276,14 @@ class KeepQuantization(Pass):
             source: dict[str, Any] = {"source_tensor": tensor, "source_type": kind} if kind else {}
             if found.loss and found.norm:
                 source["snr_db"] = 10 * math.log10(found.norm / found.loss)
-            note(report, site, found.matrix, weight_error=_relative(found.loss, found.norm), **source)
+            note(
+                report,
+                site,
+                found.matrix,
+                found.matrix.nbytes,
+                weight_error=_relative(found.loss, found.norm),
+                **source,
+            )
         model.graph.sort()
         report.metrics["weight_error"] = _relative(loss, norm)
         if weights:
