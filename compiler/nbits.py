@@ -113,14 +113,16 @@ def replace_linear(
     multiply = _matmul_node(activation, stored, accuracy_level, node.name)
     new_nodes = [multiply]
     if side is not None:
-        narrow = _matmul_node(activation, side[0], accuracy_level, f"{node.name}/A")
-        wide = _matmul_node(narrow.outputs[0], side[1], accuracy_level, f"{node.name}/B")
+        name = node.name or linear.output.name
+        levels = [accuracy_level if one.matrix.bits == 4 else 4 for one in side]  # 8 bits have no other quick kernel
+        narrow = _matmul_node(activation, side[0], levels[0], f"{name}/A")
+        wide = _matmul_node(narrow.outputs[0], side[1], levels[1], f"{name}/B")
         shape = None if linear.output.shape is None else [*linear.output.shape][:-1]
         for one, inner, width in ((narrow, "inner", side[0]), (wide, "repair", side[1])):
             _describe(one.outputs[0], linear.output, f"{linear.output.name}/{inner}")
             one.outputs[0].shape = None if shape is None else ir.Shape([*shape, width.matrix.codes.shape[0]])
         _describe(multiply.outputs[0], linear.output, f"{linear.output.name}/rounded")
-        whole = ir.Node("", "Add", [multiply.outputs[0], wide.outputs[0]], name=f"{node.name}/repair")
+        whole = ir.Node("", "Add", [multiply.outputs[0], wide.outputs[0]], name=f"{name}/repair")
         new_nodes += [narrow, wide, whole]
     slots = {"Gemm": 2, "MatMulNBits": 5, **{name: one.bias for name, one in OPERATORS.items()}}
     index = slots.get(linear.holder)

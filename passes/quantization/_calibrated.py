@@ -112,9 +112,9 @@ class Calibrated(WeightOnly):
     ) -> None:
         """Puts the codes of every site into `found`, or its id into `unfit`, as text gets there."""
         windows = calibration_windows(model, wanted, site_of, context, report, self.tokens, self.length)
-        section = context.journal.section(
-            str(self), context.target.name, identity(sys.modules[type(self).__module__], whitening)
-        )
+        ranks = repr(sorted((site.name, site.rank) for site in site_of.values() if site.rank))
+        state = identity(sys.modules[type(self).__module__], whitening)
+        section = context.journal.section(str(self), context.target.name, state, ranks)
         resumed = 0
         with Calibration(model, windows, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, self.name())):

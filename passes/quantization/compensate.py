@@ -25,6 +25,7 @@ import onnx_ir as ir
 from onnxpress.compiler import sizes
 from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration import Calibration, Group
+from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
@@ -44,7 +45,7 @@ from onnxpress.passes.quantization._weight_only import (
 _PRICED_TOKENS = 4096  # of text that tell which matrices gain
 _STEP = 16  # between ranks that are chosen from
 _ROWS = 96  # of a matrix that tell whether codes alone would do as well
-_PER_SIDE = 1500  # bytes that three more nodes, four more weights and their names take in the graph at most
+_PER_SIDE = 1700  # bytes that three more nodes, four more weights and their names take in the graph at most
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 
 
@@ -82,7 +83,13 @@ class Compensate(Calibrated):
         for site in able:
             site.rank = self.rank
         if self.size is not None and able:
-            self._choose(model, able, context, report)
+            try:
+                self._choose(model, able, context, report)
+            except (StreamingError, UnsupportedModelError):
+                if not self.fallback:
+                    raise
+                for site in able:  # what is rounded to the nearest instead has none, and is noted below
+                    site.rank = 0
         in_vain = []
         for site, coded in super().code(model, sites, linears, context, report):
             if site.rank and coded.side is None:
