@@ -45,7 +45,7 @@ from onnxpress.passes.quantization._weight_only import (
 _PRICED_TOKENS = 4096  # of text that tell which matrices gain
 _STEP = 16  # between ranks that are chosen from
 _ROWS = 96  # of a matrix that tell whether codes alone would do as well
-_PER_SIDE = 1700  # bytes that three more nodes, four more weights and their names take in the graph at most
+_PER_SIDE = 1100  # bytes that three more nodes and four more weights take in the graph at most, besides names
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 
 
@@ -110,7 +110,8 @@ class Compensate(Calibrated):
     def _nbytes(self, site: Site, rank: int) -> int:
         """Bytes of both thin matrices: a byte and the share of a block's scale for each weight, and their nodes."""
         rows, columns = site.shape
-        total = _PER_SIDE * len(site.linears)
+        names = sum(9 * len(one.output.name or "") + 3 * len(one.node.name or "") for one in site.linears)
+        total = _PER_SIDE * len(site.linears) + names
         for num_out, num_in in ((rank, columns), (rows, rank)):
             blocks = -(-num_in // _block(num_in))
             itemsize = site.dtype.numpy().itemsize
