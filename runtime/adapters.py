@@ -100,7 +100,8 @@ class Adapters:
             values = {key: value_of(array) for key, array in filled.items()}
         elif path.is_dir():
             raise BadModelFileError(
-                f"{path}: expected an .onnx_adapter file or a PEFT directory, found neither", hint="check the path"
+                f"{path}: expected an .onnx_adapter file or a PEFT directory, found no adapter_config.json in it",
+                hint="check the path; a PEFT adapter is a directory with adapter_config.json and weights",
             )
         else:
             values = read_adapter(path, self.slots)
@@ -122,8 +123,10 @@ class Adapters:
         name = self.default if name is None else name
         if not name:
             return NO_ADAPTER
-        if name not in self._loaded:
-            hint = near_miss(name, self._loaded) or "load it first: load_adapter(path, name)"
+        if not isinstance(name, str) or name not in self._loaded:
+            hint = (
+                isinstance(name, str) and near_miss(name, self._loaded)
+            ) or "load it first: load_adapter(path, name)"
             raise OptionError(f"adapter: expected the name of a loaded one, got {name!r}", hint=hint)
         return self._loaded[name]
 

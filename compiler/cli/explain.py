@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,10 +55,25 @@ def describe(name: str) -> dict[str, Any]:
         "doc": inspect.cleandoc(sys.modules[cls.__module__].__doc__ or ""),
         "does": inspect.cleandoc(cls.__doc__ or ""),
         "options": [
-            {"name": option, "type": _type(kind), "default": default}
+            {"name": option, "type": _type(kind), "default": default, "help": _help(cls, option)}
             for option, (kind, default) in options(cls).items()
         ],
     }
+
+
+def _help(cls: type, option: str) -> str:
+    """The comment on an option where it is declared: above the line, or at its end."""
+    for base in cls.__mro__:
+        if option in vars(base).get("__annotations__", {}):
+            lines = inspect.getsource(base).splitlines()
+            place = next(number for number, line in enumerate(lines) if re.match(rf"    {option}: ", line))
+            above = place
+            while lines[above - 1].lstrip().startswith("#"):
+                above -= 1
+            said = [line.strip().lstrip("# ") for line in lines[above:place]]
+            _, mark, behind = lines[place].partition("  # ")
+            return " ".join([*said, behind] if mark else said)
+    return ""
 
 
 def _type(kind: Any) -> str:
@@ -84,6 +100,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     width = max(len(option["name"]) for option in facts["options"])
     for option in facts["options"]:
         console.print(escape(f"  {option['name']:<{width}} = {option['default']!r}   {option['type']}"))
+        if option["help"]:
+            console.print(escape(f"  {'':<{width}}   {option['help']}"))
 
 
 def _show_recipe(console: Console, facts: dict[str, Any]) -> None:

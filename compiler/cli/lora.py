@@ -106,6 +106,8 @@ def slots(
     def show(console: Console) -> None:
         count = artifact.report["passes"][-1]["changed"]
         console.print(f"{escape(str(artifact))}: {count} slots, {size(artifact.nbytes)} of graph and weights")
+        for skip in artifact.report["passes"][-1]["skipped"]:
+            console.print(f"{skip['count']} without a new one: {escape(skip['reason'])}")
 
     emit({"directory": str(artifact.directory), **artifact.report}, as_json=as_json, quiet=quiet, show=show)
 

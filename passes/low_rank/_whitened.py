@@ -94,9 +94,11 @@ class Whitened(Pass):
 
     promise: ClassVar[Promise] = Promise.LOSSY
 
-    ratio: float | None = None  # share of the parameters of all matrices looked at to remove, in (0, 1)
+    # Share of the parameters to remove, in (0, 1), of all matrices looked at; pairs that are there count as removed
+    ratio: float | None = None
     size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes
-    kl: float | None = None  # KL divergence (nats per token) that may be lost, by what each matrix costs alone
+    # KL divergence (nats per token) that may be lost: an estimate, the sum of what each matrix costs alone
+    kl: float | None = None
     allocation: Literal["kl", "energy", "uniform"] = "kl"  # ranks by loss of the model, of outputs, or one ratio
     kinds: tuple[str, ...] = ()  # roles to split: "q", "gate", "down", ...; () for all
     exclude: tuple[str, ...] = ()  # patterns of names that stay whole: "block0.*", "*.down"
@@ -144,7 +146,11 @@ class Whitened(Pass):
             report.skip(site.name, "the matrix is too small")
             sites.remove(site)
         self._check_need(model, sites, pairs)
-        if not sites or self._is_met(sites, pairs):
+        if sites and self._is_met(sites, pairs):
+            for site in sites:
+                report.skip(site.name, f"stays whole: pairs that are there remove {self.ratio:.0%} of all parameters")
+            sites = []
+        if not sites:
             return report
         if any(site.linears[0].weight.dtype == ir.DataType.BFLOAT16 for site in sites):
             raise UnsupportedModelError(
@@ -406,8 +412,10 @@ class Whitened(Pass):
         for site in sites:
             kinds.setdefault(site.linears[0].kind, []).append("whole" if site.rank is None else str(site.rank))
         removed = f"{1 - after / before:.1%} of their parameters removed"
+        refitted = len(report.ledger) - len(split)
+        more = f" ({refitted} that stay whole make up for them)" if refitted else ""
         report.notes += [
-            f"{len(split)} of {len(sites)} matrices split, {removed}; ranks:",
+            f"{len(split)} of {len(sites)} matrices split, {removed}{more}; ranks:",
             *(f"  {kind}: {' '.join(ranks)}" for kind, ranks in kinds.items()),
         ]
 

@@ -115,7 +115,7 @@ class WeightOnly(Pass):
     # loss that was seen; the kernels see float32 either way. 32: as they are found.
     scale_bits: int = 8
     head_bits: int | None = None  # of embedding and head; None: as the linears
-    head_block_size: int | None = None
+    head_block_size: int | None = None  # of embedding and head; None: as the linears
     accuracy_level: int = 4  # of 4-bit linears on the CPU: 4 int8 activations, 0 float activations
     requantize: bool = False  # matrices that MatMulNBits or GatherBlockQuantized holds already: read back, rounded anew
     ledger_tokens: int = 0  # of calibration text on which the error of every output is measured, for the ledger

@@ -39,9 +39,9 @@ class Awq(Folded):
 
     paper: ClassVar[str] = "arXiv:2306.00978"
 
-    bits: int = 4
-    block_size: int = 32
-    symmetric: bool = False
+    bits: int = 4  # of the quantizer that follows
+    block_size: int = 32  # of the quantizer that follows
+    symmetric: bool = False  # of the quantizer that follows
 
     def __post_init__(self) -> None:
         super().__post_init__()

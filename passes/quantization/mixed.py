@@ -81,9 +81,8 @@ class Mixed(Pass):
     paper: ClassVar[str] = "arXiv:1911.03852"
 
     size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes, MiB and GB are known too
-    kl: float | None = (
-        None  # KL divergence (nats per token) that rounding to nearest may cost; fitting then does better
-    )
+    # KL divergence (nats per token) that rounding to nearest may cost; fitting then does better
+    kl: float | None = None
     bits: float | None = None  # per weight on average, scales included, over what is quantized
     method: Literal["gptq", "rtn"] = "gptq"  # how the codes are found: fitted to calibration text, or rounded
     tokens: int = 16384  # of calibration text for gptq

@@ -25,7 +25,7 @@ def round_levels(w_NK: Floats, levels: npt.NDArray[np.float32], block: int) -> t
 
     Args:
         w_NK: its size is a multiple of `block`.
-        levels: of each of the 16 codes, at most 1 in size.
+        levels: of each of the 16 codes, at most 1 in size.  # NormalFloat, or 4-bit floats
         block: weights along the flattened rows that share a scale.
 
     Returns:
@@ -50,7 +50,7 @@ class Nf4(StoredLinears):
     float_types: ClassVar[tuple[ir.DataType, ...]] = (ir.DataType.FLOAT, *HALVES)
     bits_of_codes: ClassVar[int] = 4
 
-    levels: Literal["nf4", "fp4"] = "nf4"
+    levels: Literal["nf4", "fp4"] = "nf4"  # NormalFloat, or 4-bit floats
     block_size: int = 64  # weights that share a scale: 16, 32, 64 or 128; narrower where a row is no multiple of it
 
     def __post_init__(self) -> None:

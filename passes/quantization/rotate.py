@@ -84,9 +84,9 @@ class Rotate(Pass):
 
     stream: bool = False  # rotate the residual stream too; a head tied to the embedding gets a matrix of its own
     trials: int = 4  # rotations that are compared
-    bits: int = 4
-    block_size: int = 32
-    symmetric: bool = False
+    bits: int = 4  # of the quantizer that follows
+    block_size: int = 32  # of the quantizer that follows
+    symmetric: bool = False  # of the quantizer that follows
     tokens: int = 2048  # of calibration text
     length: int = 512  # tokens of a window
 

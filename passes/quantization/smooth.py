@@ -38,7 +38,7 @@ class Smooth(Folded):
     paper: ClassVar[str] = "arXiv:2211.10438"
 
     alpha: float | None = None  # the power; searched by default
-    granularity: Literal["tensor", "block"] = "tensor"
+    granularity: Literal["tensor", "block"] = "tensor"  # what one scale of the quantizer that follows is for
     block_size: int = 32  # of granularity "block"
 
     def __post_init__(self) -> None:

@@ -164,6 +164,7 @@ def test_explain(run: Run, name: str) -> None:
     assert f"promise: {found['promise']}" in out
     for option in found["options"]:
         assert option["name"] in out
+        assert option["help"], f"{option['name']}: say in a comment what it means"
 
 
 def test_recipes_and_their_explanation(run: Run) -> None:
