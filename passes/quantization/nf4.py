@@ -25,7 +25,7 @@ def round_levels(w_NK: Floats, levels: npt.NDArray[np.float32], block: int) -> t
 
     Args:
         w_NK: its size is a multiple of `block`.
-        levels: of each of the 16 codes, at most 1 in size.  # NormalFloat, or 4-bit floats
+        levels: of each of the 16 codes, at most 1 in size.
         block: weights along the flattened rows that share a scale.
 
     Returns:
