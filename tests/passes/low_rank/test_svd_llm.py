@@ -148,7 +148,7 @@ def parameters(linears: Sequence[Linear]) -> int:
 
 
 def test_text_targets_and_ranks_each_bring_the_outputs_nearer(fused: ir.Model) -> None:
-    want, text = logits(fused), "tokens=4096, length=64, probe=64, exclude=('head',)"
+    want, text = logits(fused), "tokens=2048, length=64, probe=64, exclude=('head',)"
     plain = squared_error(fused.clone(), "svd(ratio=0.3, exclude=('head',))", want)
     whitened = squared_error(fused.clone(), f"svd_llm(ratio=0.3, allocation='uniform', teacher=False, {text})", want)
     fitted = squared_error(fused.clone(), f"svd_llm(ratio=0.3, allocation='uniform', {text})", want)
@@ -324,7 +324,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9])
+@pytest.mark.parametrize("moment", [1, 9])
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     fused: ir.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
