@@ -361,7 +361,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "compiler/lora_targets.py": (
         ("part of a name", 'inside = f".{module}."', 'inside = f".{module}"'),
         ("a name of another shape", "if len(own) == 1 and own[0].shape == shape:", "if own:"),
-        ("groups of rows forgotten", '_GROUPED = ("bloom", "falcon", "gpt_neox")', "_GROUPED = ()"),
+        ("groups of rows forgotten", '_GROUPED = ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese")', "_GROUPED = ()"),
         ("key and value swapped", "pieces = [groups[:, :-2], groups[:, -2], groups[:, -1]]", "pieces = [groups[:, :-2], groups[:, -1], groups[:, -2]]"),
         ("experts as plain layers", "if match is None or _ELSEWHERE.search(", "if match is None or False and _ELSEWHERE.search("),
         ("tables as linears", "[one for one in targets if (one.kind in TABLE_KINDS) == is_table]", "list(targets)"),
@@ -415,7 +415,6 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "runtime/adapters.py": (
         ("nothing bound", "            binding.bind_ortvalue_input(name, value)", "            pass"),
-        ("a default that stays", "            self.default = before\n", "            pass\n"),
         ("unknown is none", "        if not name:\n            return NO_ADAPTER", "        if not name or name not in self._loaded:\n            return NO_ADAPTER"),
     ),
     "runtime/generate.py": (
@@ -424,7 +423,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "runtime/session.py": (
         ("steps without the adapter", "        self.adapter.bind(binding)\n        self._bind_step_inputs(binding)", "        self._bind_step_inputs(binding)"),
         ("prompts without the adapter", "        self.adapter.bind(binding)\n        held =", "        held ="),
-        ("whole sequences without the adapter", "        self.adapters.find(None).bind(binding)\n", ""),
+        ("whole sequences without the adapter", "        self.adapters.find(adapter).bind(binding)\n", ""),
     ),
 }  # fmt: skip
 

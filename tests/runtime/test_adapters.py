@@ -231,7 +231,7 @@ def test_bad_files_are_told(
 
 
 def test_a_directory_without_an_adapter_is_told(session: DecoderSession, tmp_path: Path) -> None:
-    with pytest.raises(BadModelFileError, match="found neither"):
+    with pytest.raises(BadModelFileError, match="found no adapter_config"):
         session.load_adapter(tmp_path)
 
 

@@ -337,14 +337,14 @@ def test_a_first_prompt_on_cuda_is_kept_apart() -> None:
     class Stub:
         device, vocab_size, context_length, interface = "cuda", 8, None, type("", (), {"has_quantized_cache": True})
 
-        def begin(self, batch: int, length: int) -> Stub:
+        def begin(self, batch: int, length: int, adapter: str | None = None) -> Stub:
             return self
 
         def forward(self, ids: Array) -> Array:
             pieces.append(ids.shape)
             return np.zeros((*ids.shape, 8), np.float32)
 
-        def run_logits(self, ids: Array) -> Array:
+        def run_logits(self, ids: Array, adapter: str | None = None) -> Array:
             raise AssertionError("a whole window in one piece")
 
     assert perplexity(Stub(), np.arange(24) % 8, context=12).perplexity == pytest.approx(8)  # type: ignore[arg-type]
