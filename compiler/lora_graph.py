@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxpress.compiler import formats
+from onnxpress.compiler.artifact import PIPELINE_KEY
 from onnxpress.compiler.errors import PreconditionError, UnsupportedModelError
 from onnxpress.compiler.linears import Embedding, Linear, is_slot
 from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths
@@ -20,7 +21,6 @@ from onnxpress.compiler.lora_targets import SLOT, Target
 # Passes that move numbers between matrices, or renumber blocks: an adapter of the original fits no longer.
 _TRANSFORMS = re.compile(r"\b(smooth|awq|rotate|drop_blocks)\b")
 _ACTIVATIONS = ("Sigmoid", "QuickGelu", "Gelu", "FastGelu", "Erf", "Tanh", "Relu", "Swish", "Softplus", "Elu", "Silu")
-PIPELINE_KEY = "onnxpress.pipeline"
 
 
 @dataclass(frozen=True)

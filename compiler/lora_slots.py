@@ -159,9 +159,10 @@ def read_adapter(path: Path, slots: Mapping[str, Slot]) -> dict[str, Any]:
         form = ort.AdapterFormat.read_adapter(str(path))
         values = dict(form.get_parameters())
     except Exception as error:  # of whatever type ONNX Runtime chooses
-        text = " ".join(str(error).split())[:200]
+        # Its own place in C++ comes first, and tells a reader nothing.
+        text = re.sub(r"^\S+\.cc:\d+ .*?\) ", "", " ".join(str(error).split()))[:200]
         raise BadModelFileError(
-            f"{path}: ONNX Runtime cannot read the adapter: {text}", hint="write it again: onnxpress lora convert"
+            f"{path}: damaged, ONNX Runtime cannot read it: {text}", hint="write it again: onnxpress lora convert"
         ) from error
     if not values:
         raise BadModelFileError(f"{path}: expected parameters, found none", hint="onnxpress lora convert writes them")

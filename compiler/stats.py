@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating]
 
+_TOKENS_PER_FEATURE = 5
+
 
 @dataclass
 class Stats:
@@ -62,6 +64,11 @@ class Stats:
     def hessian_KK(self) -> npt.NDArray[np.float64]:  # noqa: N802
         """Mean of x x^T, float64 [K, K]: half the second derivative of the mean squared error of a linear's output."""
         return self.gram_KK / max(self.count, 1)
+
+    @property
+    def scarcity(self) -> float:
+        """How many times too few tokens were seen to say how features go together; 1 from five for each feature on."""
+        return max(1.0, _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1))
 
     @property
     def importance_K(self) -> npt.NDArray[np.float64]:  # noqa: N802

@@ -12,6 +12,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from hypothesis import strategies as st
 
+from onnxpress.compiler.calibration_text import feeds
+
 Array = npt.NDArray[Any]
 STEPS = (
     "linear",
@@ -141,6 +143,13 @@ def run(model: ir.Model, feeds: dict[str, Array] | None = None) -> dict[str, Arr
     names = [one.name for one in running.get_outputs()]
     wanted = {one.name for one in running.get_inputs()}
     return dict(zip(names, running.run(names, {k: v for k, v in given.items() if k in wanted}), strict=True))
+
+
+def logits(model: ir.Model, ids_WS: Array | None = None) -> Array:
+    """Of a decoder on windows of tokens, random ones by default [W, S, V]."""
+    inputs = feeds(model.graph, np.random.default_rng(9).integers(3, 200, (4, 48)) if ids_WS is None else ids_WS)
+    running = session(model)
+    return np.concatenate([running.run(["logits"], window)[0] for window in inputs])
 
 
 def text(model: ir.Model) -> bytes:

@@ -22,7 +22,6 @@ from onnxpress.compiler.stats import Stats, damped, teacher_correction
 from onnxpress.compiler.whitening import Floats
 from onnxpress.passes.low_rank._whitened import Whitened
 
-_TOKENS_PER_FEATURE = 5  # from which on the ridge is what was asked for, and moments are taken as they are
 _DAMPING = 1e-3  # relative to the mean second moment
 
 
@@ -54,19 +53,13 @@ class SvdLlm(Whitened):
 
     def moments(self, stats: Stats) -> Floats:
         # With less text than features, most directions were never seen: without damping they would seem to be free.
-        scarcity = _scarcity(stats)
-        return damped(stats.hessian_KK, _DAMPING * scarcity) if scarcity > 1 else stats.hessian_KK
+        is_scarce = stats.scarcity > 1
+        return damped(stats.hessian_KK, _DAMPING * stats.scarcity) if is_scarce else stats.hessian_KK
 
     def target(self, w_NK: Floats, stats: Stats) -> Floats:
         if not self.teacher or stats.drift_KK is None:
             return w_NK
-        scarcity = _scarcity(stats)
         drift_KK = stats.drift_KK / max(stats.count, 1)
-        correction_KK = teacher_correction(stats.hessian_KK, drift_KK, self.ridge * scarcity)
+        correction_KK = teacher_correction(stats.hessian_KK, drift_KK, self.ridge * stats.scarcity)
         target: Floats = w_NK + w_NK @ correction_KK.T
         return np.asarray(target, np.float64)
-
-
-def _scarcity(stats: Stats) -> float:
-    """How many times too few tokens were seen, at least 1."""
-    return max(1.0, _TOKENS_PER_FEATURE * stats.num_in / max(stats.count, 1))

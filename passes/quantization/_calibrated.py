@@ -47,7 +47,6 @@ from onnxpress.passes.quantization._weight_only import (
 )
 
 _ROWS = 4096  # rows of a matrix that are worked on at a time: bounds memory for a head
-_TOKENS_PER_FEATURE = 5  # from which on the damping is what was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ class Calibrated(WeightOnly):
         """Second moments of what a group reads, and C: W^T + C W^T is what its codes are to be like; None for W^T."""
         # Few tokens (an expert that is seldom chosen) say little about how features go together: the more damping, the
         # more the fit becomes rounding by importance.
-        scarcity = max(1.0, _TOKENS_PER_FEATURE * group.stats.num_in / max(group.stats.count, 1))
+        scarcity = group.stats.scarcity
         moments = least_squares.Moments(group.stats.hessian_KK, self.damping * scarcity)
         if not self.teacher or group.stats.drift_KK is None:
             return moments, None

@@ -132,15 +132,9 @@ def run(model: ir.Model, passes: str, **context: Any) -> Report:
     return pipeline.run(model, pipeline.parse(passes), made)[-1][1]
 
 
-def logits(model: ir.Model, ids_WS: Array | None = None) -> Array:
-    inputs = feeds(model.graph, np.random.default_rng(9).integers(3, 200, (4, 48)) if ids_WS is None else ids_WS)
-    session = graphs.session(model)
-    return np.concatenate([session.run(["logits"], window)[0] for window in inputs])
-
-
 def squared_error(model: ir.Model, passes: str, want: Array) -> float:
     run(model, passes)
-    return float(((logits(model) - want) ** 2).mean())
+    return float(((graphs.logits(model) - want) ** 2).mean())
 
 
 def parameters(linears: Sequence[Linear]) -> int:
@@ -148,7 +142,7 @@ def parameters(linears: Sequence[Linear]) -> int:
 
 
 def test_text_targets_and_ranks_each_bring_the_outputs_nearer(fused: ir.Model) -> None:
-    want, text = logits(fused), "tokens=2048, length=64, probe=64, exclude=('head',)"
+    want, text = graphs.logits(fused), "tokens=2048, length=64, probe=64, exclude=('head',)"
     plain = squared_error(fused.clone(), "svd(ratio=0.3, exclude=('head',))", want)
     whitened = squared_error(fused.clone(), f"svd_llm(ratio=0.3, allocation='uniform', teacher=False, {text})", want)
     fitted = squared_error(fused.clone(), f"svd_llm(ratio=0.3, allocation='uniform', {text})", want)
@@ -169,7 +163,7 @@ def test_the_ratio_is_that_of_all_matrices_together(fused: ir.Model, allocation:
     again = run(fused, passes)
     assert not again.modified, "what is asked for is there"
     assert len(again.skipped) == len(find_linears(fused)), "each says why it stays"
-    logits(fused)
+    graphs.logits(fused)
 
 
 def test_little_text_does_not_make_directions_free(fused: ir.Model) -> None:
@@ -202,12 +196,12 @@ def test_errors_in_the_ledger_are_those_of_the_outputs(fused: ir.Model) -> None:
 def test_matrices_that_stay_whole_make_up_for_the_others_if_asked(fused: ir.Model) -> None:
     reference = {one.name: one.w_NK().copy() for one in find_linears(fused)}
     ids_WS, _ = CalibrationText(vocab_size=200, seed=1).windows(2048, 64)
-    want, errors = logits(fused, ids_WS), []
+    want, errors = graphs.logits(fused, ids_WS), []
     for refit in (False, True):
         model = fused.clone()
         text = "tokens=2048, length=64, probe=64, exclude=('head',)"
         report = run(model, f"svd_llm(ratio=0.1, refit={refit}, {text})")
-        errors.append(float(((logits(model, ids_WS) - want) ** 2).mean()))
+        errors.append(float(((graphs.logits(model, ids_WS) - want) ** 2).mean()))
         found = [one for one in find_linears(model) if one.kind != "head"]
         whole = [one.name for one in found if one.factors is None]
         changed = [
@@ -253,18 +247,18 @@ def test_packed_matrices_share_their_first_factor(tiny_export: Callable[..., Pat
     pairs = [one for one in find_linears(source.model) if one.factors is not None]
     assert pairs
     assert {one.kind for one in pairs} <= {"qkv", "gate_up"}
-    logits(source.model)
+    graphs.logits(source.model)
 
 
 def test_both_factors_are_quantized_by_what_they_read(fused: ir.Model) -> None:
     run(fused, "svd_llm(ratio=0.3, allocation='uniform', tokens=512, length=32, probe=64)")
-    before = logits(fused)
+    before = graphs.logits(fused)
     report = Gptq(tokens=512, length=32, bits=8).run(fused, Context(calibration=CalibrationText(vocab_size=200)))
     halves = [half for one in find_linears(fused) for half in one.factors or ()]
     assert halves
     assert all(half.holder == "MatMulNBits" for half in halves)
     assert len(report.changed) >= len(halves)
-    assert np.abs(logits(fused) - before).max() < 0.05 * np.abs(before).max()
+    assert np.abs(graphs.logits(fused) - before).max() < 0.05 * np.abs(before).max()
 
 
 def shared() -> ir.Model:

@@ -14,7 +14,7 @@ import pytest
 from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.calibration import Group
-from onnxpress.compiler.calibration_text import CalibrationText, feeds
+from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
@@ -143,22 +143,16 @@ def run(model: ir.Model, passes: str, **context: Any) -> Report:
     return pipeline.run(model, pipeline.parse(passes), made)[-1][1]
 
 
-def logits(model: ir.Model) -> Array:
-    inputs = feeds(model.graph, np.random.default_rng(9).integers(3, 200, (4, 48)))
-    session = graphs.session(model)
-    return np.concatenate([session.run(["logits"], window)[0] for window in inputs])
-
-
 def squared_error(model: ir.Model, passes: str, want: Array) -> float:
     run(model, passes)
-    return float(((logits(model) - want) ** 2).mean())
+    return float(((graphs.logits(model) - want) ** 2).mean())
 
 
 TEXT = "tokens=2048, length=64, exclude=('head', 'embedding')"
 
 
 def test_outputs_are_nearer_than_those_of_gptq(fused: ir.Model) -> None:
-    want = logits(fused)
+    want = graphs.logits(fused)
     options = f"bits=2, block_size=32, {TEXT}"
     plain = squared_error(fused.clone(), f"gptq({options})", want)
     assert squared_error(fused.clone(), f"compensate({options}, rank=16)", want) < 0.8 * plain
@@ -184,7 +178,7 @@ def test_the_graph_computes_with_what_was_found(fused: ir.Model) -> None:
                 w_NK = w_NK + found[f"{old.name}.side"].w_NK()
             w_NK = np.array(w_NK)  # what it is read from goes
             old.set_weight(lambda w_NK=w_NK: w_NK, f"{old.name}.new")
-    want, got = logits(reference), logits(fused)
+    want, got = graphs.logits(reference), graphs.logits(fused)
     assert np.abs(want - got).max() < 0.02 * np.abs(want).max()  # activations of 8-bit products are rounded
     again = run(fused, f"compensate(rank=16, bits=4, accuracy_level=0, {TEXT})")
     assert not again.modified
@@ -258,17 +252,17 @@ def test_later_passes_take_the_repair_for_what_it_is(fused: ir.Model, later: str
     run(fused, f"compensate(rank=16, accuracy_level=0, tokens=256, length=32, {KEPT})")
     before = {one.name: np.array(one.w_NK()) for one in find_linears(fused)}
     assert any(name.endswith(".side") for name in before)
-    want = logits(fused)
+    want = graphs.logits(fused)
     run(fused, later)
     if later == "pack":
-        assert np.abs(logits(fused) - want).max() < 1e-3 * np.abs(want).max()
+        assert np.abs(graphs.logits(fused) - want).max() < 1e-3 * np.abs(want).max()
         return
     after = {one.name: one.w_NK() for one in find_linears(fused)}
     assert before.keys() == after.keys()
     for name, w_NK in before.items():
         assert np.linalg.norm(after[name] - w_NK) <= 0.01 * np.linalg.norm(w_NK)
     if "bits=8" not in later:  # whose kernel rounds activations
-        assert np.array_equal(logits(fused), want)
+        assert np.array_equal(graphs.logits(fused), want)
 
 
 class Killed(BaseException):

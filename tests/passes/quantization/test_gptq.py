@@ -13,7 +13,7 @@ import pytest
 from onnxpress import models
 from onnxpress.compiler import pipeline, stats
 from onnxpress.compiler.calibration import Group
-from onnxpress.compiler.calibration_text import CalibrationText, feeds
+from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import CalibrationError, NumericalError, OptionError, StreamingError
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings, find_linears
@@ -178,21 +178,15 @@ def fused(request: pytest.FixtureRequest, tiny_export: Callable[..., Path], tmp_
     return source.model
 
 
-def logits(model: ir.Model) -> Array:
-    inputs = feeds(model.graph, np.random.default_rng(9).integers(3, 200, (4, 48)))
-    session = graphs.session(model)
-    return np.concatenate([session.run(["logits"], window)[0] for window in inputs])
-
-
 def squared_error(model: ir.Model, passes: str, want: Array) -> float:
     context = Context(calibration=CalibrationText(vocab_size=200, seed=1))
     pipeline.run(model, pipeline.parse(passes), context)
-    return float(((logits(model) - want) ** 2).mean())
+    return float(((graphs.logits(model) - want) ** 2).mean())
 
 
 @pytest.mark.parametrize("fused", ["llama", "gpt2"], indirect=True)  # a router that flips hides what a fit gains
 def test_outputs_on_other_tokens_are_nearer_than_those_of_rounding(fused: ir.Model) -> None:
-    want, options = logits(fused), "bits=4, accuracy_level=0, exclude=('head', 'embedding')"
+    want, options = graphs.logits(fused), "bits=4, accuracy_level=0, exclude=('head', 'embedding')"
     rounded = squared_error(fused.clone(), f"rtn({options})", want)
     own_layer = squared_error(fused.clone(), f"gptq({options}, tokens=4096, length=64, teacher=False)", want)
     fitted = squared_error(fused.clone(), f"gptq({options}, tokens=4096, length=64)", want)
@@ -223,7 +217,7 @@ def test_the_kernel_computes_with_the_codes_that_were_chosen(fused: ir.Model) ->
             one.set_weight(lambda name=one.name: chosen[name], f"{one.name}.new")
     for old, new in zip(find_embeddings(reference), find_embeddings(fused), strict=True):
         old.table.const_value = ir.tensor(new.table_VH(), name=old.table.name)
-    want, got = logits(reference), logits(fused)
+    want, got = graphs.logits(reference), graphs.logits(fused)
     assert np.abs(want - got).max() < 1e-3 * np.abs(want).max()
 
 
