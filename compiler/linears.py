@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class Linear:
 
     Attributes:
         name: unique and stable: "block3.gate", "head"; the node's own name when the role is unknown.
-        node: the operator that multiplies (MatMul, Gemm, MatMulNBits; the second MatMul of a low-rank pair).
+        node: the operator that multiplies (MatMul, Gemm, MatMulNBits; the second product of a low-rank pair).
         holder: "MatMul", "Gemm", "Transpose+MatMul", "MatMulNBits", a format of `formats`, or "pair".
         activation: the value x, shape [..., K].
         output: the value that x @ w^T becomes, before a separate bias Add.
@@ -41,6 +41,11 @@ class Linear:
         block: index of the block it belongs to, None outside of all blocks (head).
         kind: one of `roles.KINDS`.
         num_out, num_in: N and K.
+        factors: the two linears of a pair, in the order in which they run.
+        pivots: how the factors of a pair make its matrix, rank R:
+            "": w = B A, A [R, K] and B [N, R].
+            "outputs": A [R, K] are the last R rows of w, and B [N - R, R] makes the others of them: w = [B A; A].
+            "inputs": B [N, R] are the first R columns of w, and A [R, K - R] makes the others: w = [B, B A].
     """
 
     name: str
@@ -55,6 +60,7 @@ class Linear:
     block: int | None = None
     kind: str = "linear"
     factors: tuple[Linear, Linear] | None = field(default=None, repr=False)
+    pivots: Literal["", "outputs", "inputs"] = ""
     is_side: bool = False  # a product that is added to what another linear gives: `compensate`
 
     @property
@@ -104,8 +110,11 @@ class Linear:
         """The matrix as float32 [N, K], dequantized or multiplied out where it is not stored so; a fresh array or a
         read-only view of the stored one: do not write into it."""
         if self.factors is not None:
-            first, second = self.factors
-            return np.ascontiguousarray(second.w_NK() @ first.w_NK())
+            first, second = (factor.w_NK() for factor in self.factors)
+            product = second @ first
+            if self.pivots == "outputs":
+                return np.concatenate([product, first])
+            return np.concatenate([second, product], axis=1) if self.pivots else np.ascontiguousarray(product)
         if self.holder == "MatMulNBits":
             return packing.dequantize_node(self.node)
         if self.is_quantized:
@@ -209,13 +218,13 @@ def find_linears(model: ir.Model, *, blocks: list[Block] | None = None, expand_p
     Args:
         model: any ONNX model; not changed.
         blocks: what `find_blocks(model)` returned, to spare a second search.
-        expand_pairs: list the two factors of a low-rank pair instead of the pair.
+        expand_pairs: list the two factors of a low-rank pair instead of the pair; they have its kind.
     """
     blocks = find_blocks(model) if blocks is None else blocks
-    found = list(_singles(model.graph))
-    if not expand_pairs:
-        found = _join_pairs(found)
+    found = _join_pairs(list(_singles(model.graph)))
     assign_roles(model.graph, found, blocks)
+    if expand_pairs:
+        return [one for linear in found for one in linear.factors or (linear,)]
     return found
 
 
@@ -374,35 +383,85 @@ def _added_bias(output: ir.Value, rows: int) -> ir.Value | None:
 
 
 def _join_pairs(found: list[Linear]) -> list[Linear]:
-    """Sees y = (x A) B with a narrow middle that nobody else reads as one linear."""
+    """Sees two products with a narrow middle, which nobody else reads, as one linear."""
     by_output = {id(one.output): one for one in found}
     joined: list[Linear] = []
     absorbed: set[int] = set()
     for one in found:
-        first = by_output.get(id(one.activation))
-        if (
-            first is not None
-            and first.bias is None
-            and len(first.output.uses()) == 1
-            and first.num_out < min(first.num_in, one.num_out)
-        ):
-            absorbed.add(id(first))
-            pair = Linear(
-                name=one.name,
-                node=one.node,
-                holder="pair",
-                activation=first.activation,
-                output=one.output,
-                weight=first.weight,
-                bias=one.bias,
-                num_out=one.num_out,
-                num_in=first.num_in,
-                factors=(first, one),
-            )
-            joined.append(pair)
-        else:
-            joined.append(one)
+        pair = _plain_pair(one, by_output) or _pair_by_outputs(one, by_output) or _pair_by_inputs(one, by_output)
+        if pair is not None and pair.factors is not None:
+            absorbed.add(id(pair.factors[0]))
+        joined.append(pair or one)
     return [one for one in joined if id(one) not in absorbed]
+
+
+def _plain_pair(second: Linear, by_output: dict[int, Linear]) -> Linear | None:
+    """y = (x A) B."""
+    first = by_output.get(id(second.activation))
+    if first is None or len(first.output.uses()) != 1:
+        return None
+    return _pair(first, second, "", first.activation, second.output, second.num_out, first.num_in)
+
+
+def _pair_by_outputs(second: Linear, by_output: dict[int, Linear]) -> Linear | None:
+    """y = [h B, h] with h = x A."""
+    first = by_output.get(id(second.activation))
+    readers = second.output.consumers()
+    if first is None or len(readers) != 1 or readers[0].op_type != "Concat" or second.bias is not None:
+        return None
+    join = readers[0]
+    if list(join.inputs) != [second.output, first.output] or _int(join, "axis") != -1:
+        return None
+    if {id(node) for node in first.output.consumers()} != {id(second.node), id(join)}:
+        return None
+    num_out = second.num_out + first.num_out
+    return _pair(first, second, "outputs", first.activation, join.outputs[0], num_out, first.num_in)
+
+
+def _pair_by_inputs(second: Linear, by_output: dict[int, Linear]) -> Linear | None:
+    """y = (x1 + x2 A) B with x = [x1, x2]."""
+    add = second.activation.producer()
+    if add is None or add.op_type != "Add" or len(second.activation.uses()) != 1:
+        return None
+    for place, value in enumerate(add.inputs):
+        first = by_output.get(id(value))
+        cut = first.activation.producer() if first is not None else None
+        if first is None or cut is None or cut.op_type != "Split" or _int(cut, "axis") != -1 or len(cut.outputs) != 2:
+            continue
+        is_whole = cut.outputs[0] is add.inputs[1 - place] and cut.outputs[1] is first.activation
+        if not is_whole or any(len(one.uses()) != 1 for one in (*cut.outputs, first.output)):
+            continue
+        source = cut.inputs[0]
+        if source is not None and first.num_out == second.num_in:
+            return _pair(first, second, "inputs", source, second.output, second.num_out, first.num_in + first.num_out)
+    return None
+
+
+def _pair(
+    first: Linear,
+    second: Linear,
+    pivots: Literal["", "outputs", "inputs"],
+    activation: ir.Value,
+    output: ir.Value,
+    num_out: int,
+    num_in: int,
+) -> Linear | None:
+    """The two as one linear, unless a bias lies between or the middle is no narrower than the ends."""
+    if first.bias is not None or first.num_out >= min(num_in, num_out):
+        return None
+    return Linear(
+        name=second.name,
+        node=second.node,
+        holder="pair",
+        activation=activation,
+        output=output,
+        weight=first.weight,
+        bias=_added_bias(output, num_out) if pivots == "outputs" else second.bias,
+        num_out=num_out,
+        num_in=num_in,
+        factors=(first, second),
+        pivots=pivots,
+    )
 
 
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxpress.compiler import formats
 from onnxpress.compiler.artifact import PIPELINE_KEY
 from onnxpress.compiler.errors import PreconditionError, UnsupportedModelError
-from onnxpress.compiler.linears import Embedding, Linear, is_slot
+from onnxpress.compiler.linears import Embedding, Linear, find_linears, is_slot
 from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths
 from onnxpress.compiler.lora_targets import SLOT, Target
 
@@ -76,7 +76,7 @@ def find_sites(linears: Iterable[Linear], embeddings: Sequence[Embedding] = ()) 
 
 
 def refuse_transformed(model: ir.Model, history: Iterable[str]) -> None:
-    """Raises UnsupportedModelError when a pass before has moved numbers between matrices.
+    """Raises UnsupportedModelError when a pass before has moved numbers between matrices, or within one.
 
     Args:
         model: its own record of passes is read too.
@@ -88,6 +88,11 @@ def refuse_transformed(model: ir.Model, history: Iterable[str]) -> None:
         raise UnsupportedModelError(
             f"expected the matrices of the checkpoint, found those that {match.group(1)} has changed",
             hint=f"apply the adapter before {match.group(1)}, or leave that pass out",
+        )
+    if (pair := next((one for one in find_linears(model) if one.pivots), None)) is not None:
+        raise UnsupportedModelError(
+            f"expected the matrices of the checkpoint, found features of {pair.name} in the order of its pivots",
+            hint="apply the adapter before svd_llm, or split with svd_llm(..., pivot=False)",
         )
 
 

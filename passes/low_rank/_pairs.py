@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.fusing import constant
 from onnxpress.compiler.linears import Linear, drop_unused, find_embeddings, find_linears
 from onnxpress.compiler.nbits import add_initializer, replace
 from onnxpress.compiler.pass_ import Report
 
 Floats = npt.NDArray[Any]
+Form = Literal["", "outputs", "inputs"]  # `Linear.pivots`
 
 
 def break_even(rows: int, columns: int) -> float:
@@ -68,34 +71,35 @@ def matrices(
     return list(sites.values()), pairs
 
 
-def put_pair(graph: ir.Graph, linears: Sequence[Linear], first_KR: Floats, second_RN: Floats) -> None:
-    """Puts two MatMuls (and the Add of a Gemm's bias) in the place of each of `linears`, which share a matrix.
+def put_pair(
+    graph: ir.Graph, linears: Sequence[Linear], first_KR: Floats, second_RN: Floats, pivots: Form = ""
+) -> None:
+    """Puts two MatMuls (and what else their form takes, see `Linear.pivots`) in the place of each of `linears`.
 
     Args:
         graph: holds them.
-        linears: their `node` and `weight` are those of the second factor afterwards.
-        first_KR, second_RN: in the type of the matrix.
+        linears: share a matrix; their `node` and `weight` are those of the second factor afterwards.
+        first_KR, second_RN: in the type of the matrix; [K, R] and [R, N - R] where outputs are pivots, [K - R, R] and
+            [R, N] where inputs are.
+        pivots: the form.
     """
-    rank = first_KR.shape[1]
     first, second = (
         add_initializer(graph, f"{linears[0].name}.{end}", array) for end, array in (("A", first_KR), ("B", second_RN))
     )
     for linear in linears:
         node, old_weight = linear.node, linear.weight
-        activation = node.inputs[0]
-        assert activation is not None
         name = node.name or str(linear.output.name)
-        narrow = ir.Node("", "MatMul", [activation, first], name=f"{name}/A")
-        middle = narrow.outputs[0]
-        middle.name, middle.type = f"{linear.output.name}/{rank}", linear.output.type
-        if linear.output.shape is not None:
-            middle.shape = ir.Shape([*list(linear.output.shape)[:-1], rank])
-        wide = ir.Node("", "MatMul", [middle, second], name=name)  # the pair keeps the name of the linear
-        nodes = [narrow, wide]
+        made = _product(graph, linear, first, second, pivots, name)
+        leading = None if linear.output.shape is None else list(linear.output.shape)[:-1]
+        for one, widths in made:
+            for value, width in zip(one.outputs, widths, strict=True):
+                value.name = f"{linear.output.name}/{(one.name or '').removeprefix(name).strip('/')}{width}"
+                value.type = linear.output.type
+                value.shape = None if leading is None else ir.Shape([*leading, width])
+        nodes = [one for one, _ in made]
+        wide = next(one for one in nodes if one.op_type == "MatMul" and one.inputs[1] is second)
         if linear.holder == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            wide.outputs[0].name = f"{linear.output.name}/product"
-            wide.outputs[0].shape, wide.outputs[0].type = linear.output.shape, linear.output.type
-            nodes.append(ir.Node("", "Add", [wide.outputs[0], node.inputs[2]], name=f"{name}/bias"))
+            nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], node.inputs[2]], name=f"{name}/bias"))
         old = [node]
         if linear.holder == "Transpose+MatMul":
             turned = node.inputs[1].producer()  # type: ignore[union-attr]
@@ -104,3 +108,27 @@ def put_pair(graph: ir.Graph, linears: Sequence[Linear], first_KR: Floats, secon
         replace(graph, node, old, nodes, [node.outputs[0]], [nodes[-1].outputs[0]])
         linear.node, linear.weight = wide, second
         drop_unused(graph, old_weight)
+
+
+def _product(
+    graph: ir.Graph, linear: Linear, first: ir.Value, second: ir.Value, pivots: Form, name: str
+) -> list[tuple[ir.Node, tuple[int, ...]]]:
+    """The nodes that make x W^T of two factors, with the widths of their outputs; the last gives the output."""
+    x = linear.node.inputs[0]
+    assert x is not None
+    (rows, rank), (_, columns) = ([int(size) for size in one.shape or ()] for one in (first, second))  # type: ignore[call-overload]
+    if pivots == "inputs":
+        sizes = constant(graph, np.array([rank, rows], np.int64), f"split/{rank}x{rows}")
+        cut = ir.Node("", "Split", [x, sizes], [ir.AttrInt64("axis", -1)], num_outputs=2, name=f"{name}/pivots")
+        narrow = ir.Node("", "MatMul", [cut.outputs[1], first], name=f"{name}/A")
+        middle = ir.Node("", "Add", [cut.outputs[0], narrow.outputs[0]], name=f"{name}/sum")
+        wide = ir.Node("", "MatMul", [middle.outputs[0], second], name=name)  # the pair keeps the name of the linear
+        return [(cut, (rank, rows)), (narrow, (rank,)), (middle, (rank,)), (wide, (columns,))]
+    narrow = ir.Node("", "MatMul", [x, first], name=f"{name}/A")
+    wide = ir.Node("", "MatMul", [narrow.outputs[0], second], name=name)
+    found = [(narrow, (rank,)), (wide, (columns,))]
+    if pivots:
+        parts = [wide.outputs[0], narrow.outputs[0]]
+        join = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", -1)], name=f"{name}/pivots")
+        found.append((join, (columns + rank,)))
+    return found  # type: ignore[return-value]

@@ -30,7 +30,7 @@ from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
-from onnxpress.compiler.linears import Linear, drop_unused
+from onnxpress.compiler.linears import Linear, drop_unused, find_linears
 from onnxpress.compiler.nbits import add_initializer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
@@ -38,14 +38,16 @@ from onnxpress.compiler.sensitivity import Sensitivity, digest_of
 from onnxpress.compiler.stats import Stats
 from onnxpress.compiler.threads import workers
 from onnxpress.compiler.whitening import Activation, Floats, output_directions
-from onnxpress.passes.low_rank import _pairs
-from onnxpress.passes.low_rank._pairs import break_even, matrices, put_pair, rank_step
+from onnxpress.passes.low_rank import _pairs, _pivots
+from onnxpress.passes.low_rank._pairs import Form, break_even, matrices, put_pair, rank_step
+from onnxpress.passes.low_rank._pivots import Layer, Place, find_layers, reorder
 
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
 _PROBED = 0.25  # share of the parameters that are gone while the cost of a matrix is measured, unless a ratio says
 _LEAST = 1e-6  # of the energy of a matrix
 _PRICED_TOKENS = 4096  # of text that tell what ranks lose; fitting reads all that was asked for
 _PER_PAIR = 400  # bytes that another node, two more weights and their names take in the graph at most
+_PER_PIVOTED = 1000  # with the nodes that put pivots and what they make together
 
 
 @dataclass
@@ -59,6 +61,8 @@ class _Site:
     expected: float = 0.0  # cost of that
     result: tuple[Floats, ...] = ()  # the factors, or the refitted matrix
     output_error: float = 0.0
+    place: Place | None = None  # where it may have pivots, which its factors then need not store
+    pivots: Form = ""  # where `result` has them
 
     @property
     def name(self) -> str:
@@ -75,17 +79,22 @@ class _Site:
         assert tensor is not None
         return tensor.nbytes // self.parameters
 
+    def size(self, rank: int) -> int:
+        """Parameters of two factors."""
+        rows, columns = self.linears[0].shape
+        return rank * (rows + columns - (rank if self.place else 0))
+
     def ranks(self) -> list[int]:
         """Ranks at which two factors are smaller than the matrix, from small to large."""
         rows, columns = self.linears[0].shape
-        limit = break_even(rows, columns)
+        limit = min(rows, columns, self.place.limit) if self.place else break_even(rows, columns)
         steps = rank_step(limit)
         return [rank for rank in range(steps, math.ceil(limit), steps) if rank <= min(rows, columns)]
 
     def nearest(self, ratio: float) -> int | None:
         """The largest rank that removes this share of the parameters, None where there is none."""
-        limit = (1 - ratio) * break_even(*self.linears[0].shape) * (1 + 1e-12)
-        return max((rank for rank in self.ranks() if rank <= limit), default=None)
+        limit = (1 - ratio) * self.parameters * (1 + 1e-12)
+        return max((rank for rank in self.ranks() if self.size(rank) <= limit), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +147,19 @@ class Whitened(Pass):
         """Whether matrices that stay whole become their target too."""
         return False
 
+    @property
+    def pivoted(self) -> bool:
+        """Whether factors leave out what their pivots make unnecessary, where the graph allows it."""
+        return False
+
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
         found, pairs = matrices(model, report, self.name(), kinds=self.kinds, exclude=self.exclude)
         sites = [_Site(linears) for linears in found]
+        layers = find_layers(find_linears(model), model.opset_imports.get("", 0)) if self.pivoted else []
+        places = {key: place for layer in layers for key, place in layer.places().items()}
+        for site in sites:
+            site.place = places.get(id(site.linears[0].output)) if len(site.linears) == 1 else None
         for site in [one for one in sites if not one.ranks()]:
             report.skip(site.name, "the matrix is too small")
             sites.remove(site)
@@ -172,9 +190,12 @@ class Whitened(Pass):
             )
         sites = self._fit(model, sites, windows, context, report)
         is_kl = "KL divergence" in report.calibration.get("costs", "")
+        moved = _pivot(layers, sites, context.work_dir)
         for site in sites:
             self._put(model.graph, site, report, is_kl=is_kl)
         self._sum_up(sites, report)
+        if moved:
+            report.notes.append(f"{moved} feed-forward layers have their features in another order, pivots at the ends")
         if is_kl:
             report.metrics["expected_kl"] = sum(site.expected for site in sites)
         return report
@@ -280,7 +301,7 @@ class Whitened(Pass):
             budget = high
         elif self.size is not None:
             besides = sizes.bytes_besides(model, [site.linears[0].weight for site in sites])
-            besides += _PER_PAIR * sum(len(site.linears) for site in sites)
+            besides += sum(len(site.linears) * (_PER_PIVOTED if site.place else _PER_PAIR) for site in sites)
             budget = (sizes.read(self.size) or 0) - besides
         else:
             itemsize = sites[0].itemsize if sites else 0
@@ -378,11 +399,12 @@ class Whitened(Pass):
                 site.name,
                 **facts,
                 rank=site.rank,
-                parameters_after=(site.rank or 0) * (rows + columns),
+                parameters_after=site.size(site.rank or 0),
                 output_error=site.output_error,
+                **({"pivots": site.pivots} if site.pivots else {}),
                 **({"expected_kl": site.expected} if is_kl else {}),
             )
-            put_pair(graph, site.linears, *result)
+            put_pair(graph, site.linears, *result, site.pivots)
         elif result:
             report.change(site.name, **facts, parameters_after=rows * columns)
             new = add_initializer(graph, f"{site.name}.refitted", result[0].T if not linear.is_turned() else result[0])
@@ -422,17 +444,31 @@ class Whitened(Pass):
 
 def identity(kind: type[Pass]) -> str:
     """Of everything that may change a last bit: results of another state are not resumed."""
-    modules = (allocation, calibration, sensitivities, stats, whitening, _pairs, sys.modules[kind.__module__])
+    modules = (allocation, calibration, sensitivities, stats, whitening, _pairs, _pivots, sys.modules[kind.__module__])
     sources = [__file__, *(one.__file__ for one in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
 
 
+def _pivot(layers: Sequence[Layer], sites: Sequence[_Site], folder: Path | None) -> int:
+    """Lets the factors of these layers leave out what their pivots make unnecessary; tells how many layers have any."""
+    site_of = {id(site.linears[0].output): site for site in sites}
+    moved = 0
+    for layer in layers:
+        results = {key: site_of[key].result for key in layer.keys if key in site_of}
+        reordered = reorder(layer, results, lambda array: _on_disk(array, folder))
+        moved += bool(reordered)
+        for key, result in reordered.items():
+            site = site_of[key]
+            site.result = result
+            site.pivots = site.place.form if site.place is not None and len(result) == 2 else ""
+    return moved
+
+
 def _option(site: _Site, rank: int | None) -> Option:
     if rank is None:
         return Option(0.0, site.parameters * site.itemsize)
-    rows, columns = site.linears[0].shape
-    return Option(site.cost * float(site.energy[rank:].sum()), rank * (rows + columns) * site.itemsize)
+    return Option(site.cost * float(site.energy[rank:].sum()), site.size(rank) * site.itemsize)
 
 
 def _dense(result: Sequence[Floats]) -> Floats:

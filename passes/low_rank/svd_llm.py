@@ -37,6 +37,9 @@ class SvdLlm(Whitened):
 
     teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
     refit: bool = True  # let matrices that stay whole make up for the loss of those before them
+    # In feed-forward layers, let R rows or columns of a matrix be a factor: R (N + K - R) numbers instead of R (N + K).
+    # Features change places for it, so an adapter made for the checkpoint no longer fits.
+    pivot: bool = True
     ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
 
     def __post_init__(self) -> None:
@@ -50,6 +53,10 @@ class SvdLlm(Whitened):
     @property
     def refits(self) -> bool:
         return self.refit and self.teacher
+
+    @property
+    def pivoted(self) -> bool:
+        return self.pivot
 
     def moments(self, stats: Stats) -> Floats:
         # With less text than features, most directions were never seen: without damping they would seem to be free.
