@@ -62,6 +62,28 @@ def allocate(items: Sequence[Sequence[Option]], budget: float) -> list[int] | No
         chosen[number] = new
 
 
+def allocate_within(items: Sequence[Sequence[Option]], cost: float) -> list[int] | None:
+    """The index of an option for every item so that costs stay within `cost` and bytes are few.
+
+    Returns:
+        None when even the options of the least cost cost more.
+    """
+    if sum(min(one.cost for one in options) for options in items) > cost:
+        return None
+    low = float(sum(min(one.nbytes for one in options) for options in items))
+    high = float(sum(max(one.nbytes for one in options) for options in items))
+    best = allocate(items, high)
+    for _ in range(40):
+        budget = (low + high) / 2
+        chosen = allocate(items, budget)
+        spent = sum(options[index].cost for options, index in zip(items, chosen or [], strict=False))
+        if chosen is not None and spent <= cost:
+            high, best = budget, chosen
+        else:
+            low = budget
+    return best
+
+
 def _hull(options: Sequence[Option]) -> list[int]:
     """Indices of the options on the lower convex hull of cost over bytes, the smallest first."""
     hull: list[int] = []

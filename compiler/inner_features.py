@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxpress.compiler.fusing import constant
 from onnxpress.compiler.linears import Linear, derived, drop_unused
 
 Index = npt.NDArray[np.integer]
@@ -27,6 +28,7 @@ _UNARY = (
     *("Exp", "Neg", "Abs", "Sqrt", "Reciprocal", "Cast", "Identity", "QuickGelu", "FastGelu", "Mish", "Selu", "Celu"),
     *("Softsign", "Log"),
 )
+_MOVES = ("Slice", "Reshape", "Transpose", "Gather", "Squeeze", "Unsqueeze")
 _ELEMENTWISE = ("Mul", "Add", "Sub", "Div", "Pow", "Min", "Max", "Clip", "BiasGelu", "Where")
 
 
@@ -66,12 +68,14 @@ class InnerFeatures:
         parts: the linears whose rows they are; one that packs two has two parts.
         vectors: biases and gains along them; those inside of a product (Gemm, MatMulNBits) are none of them.
         cuts: Splits that take a packed product apart.
+        values: all activations that hold them.
     """
 
     reader: Linear
     parts: list[Part] = field(default_factory=list)
     vectors: list[Vector] = field(default_factory=list)
     cuts: list[ir.Node] = field(default_factory=list)
+    values: list[ir.Value] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -92,6 +96,20 @@ class InnerFeatures:
         """Cuts or reorders the constants; linears and Splits are left to the caller."""
         for vector in self.vectors:
             choose_constant(vector.node, vector.slot, np.concatenate([order_I + start for start in vector.starts]))
+
+    def resize(self, width: int) -> None:
+        """Tells Splits and the shapes of activations that `width` features are left."""
+        for node in self.cuts:
+            if len(node.inputs) > 1:
+                graph, count = node.graph, len(node.outputs)
+                assert isinstance(graph, ir.Graph)
+                old = node.inputs[1]
+                sizes = np.full(count, width, np.int64)
+                node.replace_input_with(1, constant(graph, sizes, "split/" + "x".join([str(width)] * count)))
+                drop_unused(graph, old)
+        for value in self.values:
+            if value.shape is not None and isinstance(value.shape[-1], int):
+                value.shape = ir.Shape([*list(value.shape)[:-1], value.shape[-1] // self.width * width])
 
 
 def choose_constant(node: ir.Node, slot: int, index: Index) -> ir.Value:
@@ -141,7 +159,8 @@ def find_inner_features(reader: Linear, linears: Iterable[Linear]) -> InnerFeatu
             return sources
         walked[id(node)] = node
         queue += sources
-    for value in seen.values():
+    found.values = list(seen.values())
+    for value in found.values:
         if value.is_graph_output():
             return f"{value.name} is an output of the model"
         for node in value.consumers():
@@ -157,12 +176,13 @@ def _sources(node: ir.Node, value: ir.Value, start: int, found: InnerFeatures) -
     if node.op_type == "Split":
         return _cut(node, value, start, found)
     if node.op_type not in _UNARY and node.op_type not in _ELEMENTWISE:
-        return f"{node.op_type} makes them"
+        return f"{node.op_type} makes them" + (": fuse before" if node.op_type in _MOVES else "")
     if value is not node.outputs[0]:
         return f"{node.op_type} gives more than one value"
     sources: list[tuple[ir.Value, int]] = []
     for slot, operand in enumerate(node.inputs):
-        if operand is None:
+        made = None if operand is None else operand.producer()
+        if operand is None or (made is not None and made.op_type == "Constant" and _is_scalar(made)):
             continue
         if operand.const_value is None:
             sources.append((operand, start))
@@ -172,6 +192,12 @@ def _sources(node: ir.Node, value: ir.Value, start: int, found: InnerFeatures) -
             if not any(one.node is node and one.slot == slot for one in found.vectors):
                 found.vectors.append(Vector(node, slot, ()))
     return sources or f"{node.op_type} makes them of constants"
+
+
+def _is_scalar(constant: ir.Node) -> bool:
+    """Whether a Constant holds one number."""
+    value = constant.attributes.get("value")
+    return value is None or value.as_tensor().size == 1
 
 
 def _cut(node: ir.Node, value: ir.Value, start: int, found: InnerFeatures) -> list[tuple[ir.Value, int]] | str:

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import allocation, calibration, sizes, stats, whitening
 from onnxpress.compiler import sensitivity as sensitivities
-from onnxpress.compiler.allocation import Option, allocate
+from onnxpress.compiler.allocation import Option, allocate, allocate_within
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
@@ -291,23 +291,16 @@ class Whitened(Pass):
         options = [[_option(site, rank) for rank in choices] for site, choices in zip(sites, ranks, strict=True)]
         whole = sum(site.parameters * site.itemsize for site in sites)
         least = sum(some[0].nbytes for some in options)
-        if self.kl is not None:
-            budget, low, high = float(whole), float(least), float(whole)
-            for _ in range(40):
-                budget = (low + high) / 2
-                chosen = allocate(options, budget)
-                cost = sum(some[index].cost for some, index in zip(options, chosen or [], strict=False))
-                low, high = (low, budget) if chosen is not None and cost <= self.kl else (budget, high)
-            budget = high
-        elif self.size is not None:
+        besides, budget = 0, float(whole)
+        if self.size is not None:
             besides = sizes.bytes_besides(model, [site.linears[0].weight for site in sites])
             besides += sum(len(site.linears) * (_PER_PIVOTED if site.place else _PER_PAIR) for site in sites)
             budget = (sizes.read(self.size) or 0) - besides
-        else:
+        elif self.kl is None:
             itemsize = sites[0].itemsize if sites else 0
             asked = (self.ratio or 0.0) * (whole + sum(one.num_out * one.num_in for one in pairs) * itemsize)
-            besides, budget = 0, whole - asked + self._removed(pairs) * itemsize
-        chosen = allocate(options, budget)
+            budget = whole - asked + self._removed(pairs) * itemsize
+        chosen = allocate(options, budget) if self.kl is None else allocate_within(options, self.kl)
         if chosen is None:
             split = sum(one.num_out * one.num_in for one in pairs) * (sites[0].itemsize if sites else 0)
             gone = whole - least + self._removed(pairs) * (sites[0].itemsize if sites else 0)

@@ -1,0 +1,434 @@
+"""Takes whole structures out of layers, channels or heads, and lets the rest make up for them.
+
+Text is streamed twice. The first time nothing is changed: every layer tells what each number of structures would cost
+at the outputs of the linear that reads them (by the optimal brain surgeon), and the divergence of the model's
+predictions is measured with this layer alone cut. A knapsack solver then gives every layer its size within one budget.
+The second time each layer is cut, in order, and fitted to what the uncompressed model has there, given the activation
+that the compressed one sees; matrices between make up for what was lost before them.
+
+Axes:    N out features, K in features, G structures of U columns each
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from onnxpress.compiler import allocation, calibration, obs, sizes, stats
+from onnxpress.compiler import sensitivity as sensitivities
+from onnxpress.compiler.allocation import Option, allocate, allocate_within
+from onnxpress.compiler.calibration import Calibration, Group
+from onnxpress.compiler.calibration_text import feeds
+from onnxpress.compiler.errors import OptionError, UnsupportedModelError
+from onnxpress.compiler.linears import Linear, find_linears
+from onnxpress.compiler.obs import eliminate
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
+from onnxpress.compiler.sensitivity import Sensitivity, digest_of
+from onnxpress.compiler.stats import Stats, damped, teacher_correction
+from onnxpress.compiler.threads import workers
+from onnxpress.passes.pruning import _coded
+from onnxpress.passes.pruning._coded import FLOATS, Codes, set_matrix, to_codes, to_floats
+
+Floats = npt.NDArray[Any]
+Index = npt.NDArray[np.integer]
+
+_RUINED = 1e6  # cost of a layer without which the outputs are not finite
+_PROBED = 0.25  # share of the structures that is gone while the cost of a layer is measured, unless a ratio says
+_LEAST = 1e-6  # of the energy at the outputs of a layer
+_PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
+_DAMPING = 1e-2  # relative to the mean second moment
+
+
+@dataclass
+class Structure:
+    """One layer, what may be taken out of it, and what became of it.
+
+    Attributes:
+        name: of the layer: "block3.ffn".
+        reader: the linear whose columns are structures.
+        unit: U.
+        total: G.
+        step: counts that are left are multiples of it.
+        parameters: of one structure in all matrices of the layer.
+        nbytes: of the same, as stored.
+        cut: takes all but these structures out of what makes them; gets refitted matrices by id of a linear's output.
+        losses: at counts `counts`, relative to the energy at the outputs.
+        cost: of the model, per unit of loss.
+    """
+
+    name: str
+    reader: Linear
+    unit: int
+    total: int
+    step: int
+    parameters: int
+    nbytes: float
+    cut: Callable[[Index, dict[int, Floats]], None]
+    losses: Floats = field(default_factory=lambda: np.zeros(0))
+    cost: float = 0.0
+    count: int = 0
+    expected: float = 0.0
+    kept: Index | None = None
+    error: float = 0.0
+    codes: Codes | None = None  # what the reader is stored as, while it is a MatMul
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of structures that may be left, from all of them to the fewest."""
+        multiples = range((self.total - 1) // self.step * self.step, 0, -self.step)
+        return [self.total, *multiples]
+
+    def nearest(self, ratio: float) -> int:
+        """The largest count that removes this share; the fewest there can be where none does."""
+        return next((one for one in self.counts if one <= (1 - ratio) * self.total * (1 + 1e-12)), self.counts[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structured(Pass):
+    """Base of passes that take structures out by what text shows of their activations."""
+
+    promise: ClassVar[Promise] = Promise.LOSSY
+
+    ratio: float | None = None  # share of the structures to remove, in (0, 1), of all layers together
+    size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes
+    # KL divergence (nats per token) that may be lost: an estimate, the sum of what each layer costs alone
+    kl: float | None = None
+    allocation: Literal["kl", "loss", "uniform"] = "kl"  # sizes by loss of the model, of outputs, or the same for all
+    exclude: tuple[str, ...] = ()  # patterns of names of layers that stay whole: "block0.*"
+    teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
+    refit: bool = True  # let other matrices make up for the loss of those before them
+    ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
+    tokens: int = 16384  # of calibration text
+    length: int = 1024  # tokens of a window
+    probe: int = 512  # tokens on which costs are measured
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [option for option in ("ratio", "size", "kl") if getattr(self, option) is not None]
+        if len(given) != 1:
+            raise OptionError(
+                f"{self.name()}: expected one of ratio, size and kl, got {' and '.join(given) or 'none'}",
+                hint=f"write {self.name()}(ratio=0.1)",
+            )
+        self.check(self.ratio is None or 0 < self.ratio < 1, "ratio", "between 0 and 1", "0.1 removes 10 %")
+        self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
+        self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.1 is a mild loss")
+        self.check(
+            self.allocation != "uniform" or self.ratio is not None, "allocation", "'kl' or 'loss' without a ratio"
+        )
+        self.check(self.kl is None or self.allocation == "kl", "allocation", "'kl' where kl is given")
+        self.check(self.ridge > 0, "ridge", "positive", "0.05 suits most models")
+        for option, least in (("tokens", 1), ("length", 1), ("probe", 16)):
+            self.check(getattr(self, option) >= least, option, f"at least {least}")
+
+    @abc.abstractmethod
+    def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
+        """The layers that may be cut; others go to the report."""
+
+    def finish(self, structures: Sequence[Structure], context: Context, report: Report) -> None:
+        """Edits the config, once all layers are cut."""
+
+    def rewrite(self, model: ir.Model, context: Context) -> Report:
+        report = Report()
+        linears = find_linears(model)
+        found = self.structures(model, linears, report)
+        if not found:
+            return report
+        self._check_need(model, found)
+        if any(one.reader.weight.dtype == ir.DataType.BFLOAT16 for one in found):
+            raise UnsupportedModelError(
+                f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
+                hint="use --target cuda (float16)",
+            )
+        for one in found:
+            one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
+        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
+        windows = feeds(model.graph, ids_WS)
+        if self.allocation == "uniform":
+            for one in found:
+                one.count = one.nearest(self.ratio or 0.0)
+        else:
+            found = self._price(model, found, windows, context, report)
+            self._allocate(model, found)
+        results = self._fit(model, linears, found, windows, context, report)
+        is_kl = "KL divergence" in report.calibration.get("costs", "")
+        for one in found:
+            self._put(one, results, report, is_kl=is_kl)
+        self._refit(linears, results, report)
+        self.finish(found, context, report)
+        self._sum_up(found, report, is_kl=is_kl)
+        return report
+
+    def _check_need(self, model: ir.Model, found: list[Structure]) -> None:
+        """Raises OptionError for a size that the model has without this pass."""
+        present = sizes.bytes_besides(model, [])
+        if self.size is not None and present <= (sizes.read(self.size) or 0):
+            raise OptionError(
+                f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(present)}",
+                hint="ask for less than that, or leave the pass out",
+            )
+
+    def _price(
+        self, model: ir.Model, found: list[Structure], windows: list[dict[str, Any]], context: Context, report: Report
+    ) -> list[Structure]:
+        """Fills in losses and costs; layers of which the activation is not finite are left out, and said to be."""
+        wanted = [one.reader for one in found]
+        sensitivity: Sensitivity | None = None
+        probed = ""
+        if self.allocation == "kl":
+            sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
+            report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
+            probed = str(facts["sha256"])
+            if self.kl is not None and sensitivity.measure != "KL divergence":
+                raise OptionError(
+                    f"{self.name()}: kl has no meaning for a model without logits", hint="give ratio= or size="
+                )
+        # A cost is told by the whole model, of which a stage's digest has what comes before it.
+        state = digest_of(model) if sensitivity is not None else ""
+        section = context.journal.section(
+            self.name(), "costs", str(self), context.target.name, identity(type(self)), state, probed
+        )
+        of_reader = {id(one.reader): one for one in found}
+        few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
+        with Calibration(model, few, wanted, context.work_dir) as run:
+            for number, stage in enumerate(context.track(run.stages, f"{self.name()}: what each size costs")):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest)
+                group = run.observe(stage, with_stats=record is None)
+                if record is None:
+                    record = {}
+                    for index, linear in enumerate(group.linears):
+                        losses, cost = self._curve(of_reader[id(linear)], group.stats, sensitivity)
+                        record |= {f"{index}.losses": losses, f"{index}.cost": np.array(cost)}
+                    section.write(str(number), digest, record)
+                for index, linear in enumerate(group.linears):
+                    one = of_reader[id(linear)]
+                    one.losses, one.cost = record[f"{index}.losses"], float(record[f"{index}.cost"])
+        for one in found:
+            if not one.losses.size:
+                report.skip(one.name, "its weights or its activation are not finite on the calibration text")
+        return [one for one in found if one.losses.size]
+
+    def _curve(self, one: Structure, seen: Stats, sensitivity: Sensitivity | None) -> tuple[Floats, float]:
+        """Losses at all counts, relative, and what a unit of them costs the model."""
+        w_NK, hessian_KK = one.reader.w_NK(), damped(seen.hessian_KK, _DAMPING * seen.scarcity)
+        if not (np.isfinite(hessian_KK).all() and np.isfinite(w_NK).all()):
+            return np.zeros(0), 0.0
+        whole = float(np.einsum("nk,nk->", w_NK @ hessian_KK, w_NK)) or 1.0
+        probed = one.nearest(self.ratio or _PROBED)
+        losses: list[float] = []
+        cost = 1.0
+        for step in eliminate(w_NK, hessian_KK, one.unit, one.counts):
+            losses.append(step.loss / whole)
+            if sensitivity is not None and len(step.kept) == probed and probed < one.total:
+                cut = one.reader.stored_form(step.w_NK.astype(np.float32))
+                lost = sensitivity.distance({id(one.reader.weight): cut})
+                # Below this what is lost is rounding, and so would be its price.
+                cost = (lost if np.isfinite(lost) else _RUINED) / max(losses[-1], _LEAST)
+        return np.array(losses), cost
+
+    def _allocate(self, model: ir.Model, found: list[Structure]) -> None:
+        """Gives every layer its count."""
+        options = [
+            [
+                Option(one.cost * float(loss), round(count * one.nbytes))
+                for count, loss in zip(one.counts, one.losses, strict=True)
+            ]
+            for one in found
+        ]
+        whole = sum(some[0].nbytes for some in options)
+        least = sum(some[-1].nbytes for some in options)
+        besides = 0.0
+        if self.kl is not None:
+            chosen = allocate_within(options, self.kl)
+            if chosen is None or not any(chosen):
+                least_cost = min((some[1].cost for some in options if len(some) > 1), default=0.0)
+                raise OptionError(
+                    f"{self.name()}: kl={self.kl} cannot be met, the least that a cut costs is {least_cost:.2g}",
+                    hint=f"the nearest is kl={least_cost * 1.1:.2g}",
+                )
+        else:
+            budget = (1 - (self.ratio or 0.0)) * whole
+            if self.size is not None:
+                besides = sizes.bytes_besides(model, []) - whole
+                budget = (sizes.read(self.size) or 0) - besides
+            chosen = allocate(options, budget)
+            if chosen is None:
+                nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
+                if self.size is not None:
+                    nearest = f"size='{sizes.written(least + besides)}'"
+                raise OptionError(
+                    f"{self.name()}: {'size' if self.size else 'ratio'}={self.size or self.ratio} cannot be met, all "
+                    f"layers at the smallest size take {nearest}",
+                    hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
+                )
+        for one, some, index in zip(found, options, chosen, strict=True):
+            one.count, one.expected = one.counts[index], some[index].cost
+
+    def _fit(
+        self,
+        model: ir.Model,
+        linears: Sequence[Linear],
+        found: list[Structure],
+        windows: list[dict[str, Any]],
+        context: Context,
+        report: Report,
+    ) -> dict[int, Floats]:
+        """New matrices [N, K] by id of a linear's output; those of readers have the columns that are kept."""
+        of_reader = {id(one.reader): one for one in found}
+        wanted = [one.reader for one in found]
+        if self.refit and self.teacher:
+            wanted = [one for one in linears if id(one) in of_reader or _may_change(one)]
+        plan = repr([(one.name, one.count) for one in found])
+        section = context.journal.section(self.name(), str(self), plan, context.target.name, identity(type(self)))
+        results: dict[int, Floats] = {}
+        resumed = 0
+        with Calibration(model, windows, wanted, context.work_dir) as run:
+            for number, stage in enumerate(context.track(run.stages, self.name())):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest)
+                resumed += record is not None
+                group = run.observe(stage, with_stats=record is None)
+                if record is None:
+                    record = self._fitted(group, of_reader)
+                    section.write(str(number), digest, record)
+                for index, linear in enumerate(group.linears):
+                    if f"{index}.w" not in record:
+                        continue
+                    w_NK, one = record[f"{index}.w"], of_reader.get(id(linear))
+                    if one is not None:
+                        one.kept, one.error = record[f"{index}.kept"], float(record[f"{index}.error"])
+                        seen_NK = w_NK if one.codes is None else one.codes.nearest(w_NK).w_NK()
+                        group.replace(linear, _spread(seen_NK, one))
+                    else:
+                        group.replace(linear, w_NK)
+                    results[id(linear.output)] = _on_disk(w_NK, context.work_dir)
+        if resumed:
+            report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
+        return results
+
+    def _fitted(self, group: Group, of_reader: dict[int, Structure]) -> dict[str, Floats]:
+        """A new matrix for each linear of a group that gets one, float32."""
+        record: dict[str, Floats] = {}
+        seen = group.stats
+        correction_KK = None
+        if self.teacher and seen.drift_KK is not None and np.isfinite(seen.drift_KK).all():
+            drift_KK = seen.drift_KK / max(seen.count, 1)
+            correction_KK = teacher_correction(seen.hessian_KK, drift_KK, self.ridge * seen.scarcity)
+        for index, linear in enumerate(group.linears):
+            one = of_reader.get(id(linear))
+            if correction_KK is None if one is None else one.count == one.total and one.codes is not None:
+                continue
+            w_NK = linear.w_NK()
+            target_NK = w_NK if correction_KK is None else w_NK + w_NK @ correction_KK.T
+            if not (np.isfinite(target_NK).all() and np.isfinite(seen.gram_KK).all()):
+                continue
+            if one is None:
+                record[f"{index}.w"] = np.asarray(target_NK, np.float32)
+                continue
+            hessian_KK = damped(seen.hessian_KK, _DAMPING * seen.scarcity)
+            counts = [count for count in one.counts if count >= one.count]
+            *_, last = eliminate(target_NK, hessian_KK, one.unit, counts)
+            columns = (last.kept[:, None] * one.unit + np.arange(one.unit)).reshape(-1)
+            whole = float(np.einsum("nk,nk->", target_NK @ hessian_KK, target_NK)) or 1.0
+            record |= {
+                f"{index}.w": last.w_NK[:, columns].astype(np.float32),
+                f"{index}.kept": last.kept,
+                f"{index}.error": np.array(math.sqrt(max(last.loss, 0.0) / whole)),
+            }
+        return record
+
+    def _put(self, one: Structure, results: dict[int, Floats], report: Report, *, is_kl: bool) -> None:
+        """Cuts a layer in the graph; a matrix that stays whole is left to `_refit`."""
+        key = id(one.reader.output)
+        if one.kept is None or len(one.kept) == one.total:
+            what = "no smaller size is worth what it costs"
+            if one.kept is None and one.count < one.total:
+                what = "its weights or its activation are not finite on the calibration text"
+            report.skip(one.name, f"stays whole: {what}")
+            if one.codes is not None:
+                to_codes(one.reader, one.codes.matrix, one.codes.level)
+            return
+        report.change(
+            one.name,
+            structures_before=one.total,
+            structures_after=len(one.kept),
+            parameters_before=one.total * one.parameters,
+            parameters_after=len(one.kept) * one.parameters,
+            output_error=one.error,
+            **({"expected_kl": one.expected} if is_kl else {}),
+        )
+        new = results.pop(key)
+        one.cut(one.kept, results)
+        if one.codes is None:
+            set_matrix(one.reader, new, "pruned")
+        else:
+            one.reader.num_in = new.shape[1]
+            to_codes(one.reader, one.codes.nearest(new), one.codes.level)
+
+    def _refit(self, linears: Sequence[Linear], results: dict[int, Floats], report: Report) -> None:
+        """Stores the matrices that make up for what others have lost."""
+        for linear in linears:
+            new = results.get(id(linear.output))
+            if new is not None:
+                set_matrix(linear, new, "refitted")
+                report.change(linear.name)
+        if results:
+            report.notes.append(f"{len(results)} other matrices make up for what was taken out before them")
+
+    def _sum_up(self, found: Sequence[Structure], report: Report, *, is_kl: bool) -> None:
+        before = sum(one.total * one.parameters for one in found)
+        after = sum((one.total if one.kept is None else len(one.kept)) * one.parameters for one in found)
+        report.metrics |= {"parameters_before": before, "parameters_after": after}
+        errors = [one.error for one in found if one.kept is not None]
+        if errors:
+            report.metrics["output_error"] = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        if is_kl:
+            report.metrics["expected_kl"] = sum(one.expected for one in found)
+        left = " ".join(str(one.total if one.kept is None else len(one.kept)) for one in found)
+        report.notes.insert(
+            0, f"{1 - after / before:.1%} of the parameters of {len(found)} layers removed; left: {left}"
+        )
+
+
+def identity(kind: type[Pass]) -> str:
+    """Of everything that may change a last bit: results of another state are not resumed."""
+    modules = (allocation, calibration, sensitivities, stats, obs, _coded, sys.modules[kind.__module__])
+    sources = [__file__, *(one.__file__ for one in modules)]
+    digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
+    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
+
+
+def _may_change(linear: Linear) -> bool:
+    """Whether a matrix may make up for others: a float one inside of a block that nobody else reads."""
+    return linear.block is not None and linear.holder in FLOATS and linear.kind != "router" and not linear.is_shared
+
+
+def _spread(w_NK: Floats, one: Structure) -> Floats:
+    """Columns that are kept, where they were; zeros between."""
+    assert one.kept is not None
+    columns = (one.kept[:, None] * one.unit + np.arange(one.unit)).reshape(-1)
+    whole = np.zeros((len(w_NK), one.reader.num_in), np.float32)
+    whole[:, columns] = w_NK
+    return whole
+
+
+def _on_disk(array: Floats, folder: Path | None) -> Floats:
+    """The same array, in a file where there is a folder for it: all matrices together are a model."""
+    if folder is None:
+        return array
+    path = folder / f"matrix-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
+    np.save(path, array)
+    mapped: Floats = np.load(path, mmap_mode="r")
+    return mapped

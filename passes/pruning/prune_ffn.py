@@ -1,0 +1,125 @@
+"""Takes channels out of feed-forward layers: rows of gate and up, columns of down; nothing else changes shape.
+
+A channel is worth what the layer's outputs lose without it once the other channels have made up for it. Layers may end
+up with different widths, which every runtime takes; all are multiples of what kernels and blocks of codes like.
+
+Paper:   arXiv:2302.04089 (ZipLM)
+Differs: fitted to the outputs of the uncompressed model; widths from one knapsack over measured losses
+Axes:    N out features, K in features, I channels
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.inner_features import InnerFeatures, all_inner_features, choose_constant, inner_biases
+from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.pass_ import Context, Report
+from onnxpress.passes.pruning._coded import FLOATS, Index, cut_rows, is_coded
+from onnxpress.passes.pruning._structured import Structure, Structured
+
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_dim", "d_ff", "hidden_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneFfn(Structured):
+    """Narrows feed-forward layers, by calibration text; give one of ratio, size and kl.
+
+    Comes before quantizers, which then see what is left. Of matrices in codes, rows keep theirs bit for bit, and what
+    is fitted anew is rounded to the nearest in the format that it had.
+    """
+
+    paper: ClassVar[str] = "arXiv:2302.04089"
+
+    multiple: int | None = None  # what widths are a multiple of; None: 64, or 8 in layers below 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.multiple is None or self.multiple >= 1, "multiple", "at least 1")
+
+    @classmethod
+    def example(cls, model: ir.Model) -> PruneFfn:
+        return cls(ratio=0.3, tokens=64, length=32, probe=16)
+
+    def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
+        layers, reasons = all_inner_features(linears)
+        for name, reason in reasons.items():
+            report.skip(_layer(name), f"its channels are not its own: {reason}")
+        names = [*map(_layer, reasons), *(_layer(one.reader.name) for one in layers)]
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise OptionError(
+                    f"{self.name()}: exclude={pattern!r} matches no layer",
+                    hint=f"they are called {', '.join(names[:3])}" if names else "this model has no such layers",
+                )
+        found = []
+        for features in layers:
+            name = _layer(features.reader.name)
+            step = self.multiple or (64 if features.width >= 512 else 8)
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude):
+                report.skip(name, "excluded")
+            elif (reason := _obstacle(features)) is not None:
+                report.skip(name, reason)
+            elif features.width <= step:
+                report.skip(name, f"has {features.width} channels, and keeps a multiple of {step}")
+            else:
+                found.append(_structure(name, features, step))
+        return found
+
+    def finish(self, structures: Sequence[Structure], context: Context, report: Report) -> None:
+        widths = {one.total if one.kept is None else len(one.kept) for one in structures}
+        before = {one.total for one in structures}
+        if widths == before:
+            return
+        if len(widths) == 1 and len(before) == 1:
+            _set_width(context.config, before.pop(), widths.pop())
+        else:
+            report.notes.append("layers have different widths: the config says the one they had")
+
+
+def _layer(name: str) -> str:
+    """ "block3.ffn" for "block3.down"."""
+    return name.removesuffix("down") + "ffn" if name.endswith("down") else f"{name}.ffn"
+
+
+def _obstacle(features: InnerFeatures) -> str | None:
+    """Why channels cannot be taken out of the matrices; None when they can."""
+    for linear in (features.reader, *features.makers):
+        if linear.factors is not None:
+            return f"{linear.name} is a pair of low rank: comes before svd_llm"
+        if linear.num_sums:
+            return f"{linear.name} holds offsets of blocks: comes before quantizers"
+        if linear.holder not in FLOATS and not is_coded(linear):
+            return f"{linear.name} is stored by {linear.holder}: comes before quantizers"
+    return None
+
+
+def _structure(name: str, features: InnerFeatures, step: int) -> Structure:
+    reader = features.reader
+    stored = reader.nbytes + sum(one.nbytes for one in features.makers)
+    numbers = reader.num_out + sum(part.linear.num_in for part in features.parts)
+
+    def cut(kept: Index, results: dict[int, npt.NDArray[Any]]) -> None:
+        for maker in features.makers:
+            rows = features.rows(maker, kept)
+            for slot in inner_biases(maker):
+                maker.bias = choose_constant(maker.node, slot, rows)
+            cut_rows(maker, rows, results.pop(id(maker.output), None))
+        features.choose_vectors(kept)
+        features.resize(len(kept))
+
+    return Structure(name, reader, 1, features.width, step, numbers, stored / features.width, cut)
+
+
+def _set_width(config: dict[str, Any], before: int, after: int) -> None:
+    for part in (config, *(one for one in config.values() if isinstance(one, dict))):
+        for key in _WIDTHS:
+            if part.get(key) == before:
+                part[key] = after
