@@ -370,6 +370,9 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("moved numbers forgotten", "if match := _TRANSFORMS.search(done):", "if match := None:"),
         ("rows of a packed matrix", "            start += rows", "            start += 0"),
         ("float16 forgotten", "    tensor = stored.weight.const_value\n    assert tensor is not None\n    return tensor.dtype", "    return ir.DataType.FLOAT"),
+        ("no sum", '"Add", [end, delta], name=name)', '"Add", [end, end], name=name)'),
+        ("another order of parts", "for part in parts]\n    if len(pieces) > 1:", "for part in parts[::-1]]\n    if len(pieces) > 1:"),
+        ("the name of the output", "    if end.is_graph_output():", "    if False:"),
     ),
     "compiler/lora_slots.py": (
         ("another shape", "if len(shape) != 2 or shape[1 - axis] != fixed", "if len(shape) != 2"),
@@ -408,10 +411,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("no lengths", "total *= (magnitude_N", "total *= (0 * magnitude_N + 1"),
     ),
     "passes/low_rank/lora_slots.py": (
-        ("no sum", '"Add", [end, delta], name=name)', '"Add", [end, end], name=name)'),
-        ("another order of parts", "for part in parts]\n    if len(pieces) > 1:", "for part in parts[::-1]]\n    if len(pieces) > 1:"),
         ("a second slot", "if any(f\"{part.target.name}.lora_A\" in model.graph.initializers for part in parts):", "if False:"),
-        ("the name of the output", "    if end.is_graph_output():", "    if False:"),
     ),
     "runtime/adapters.py": (
         ("nothing bound", "            binding.bind_ortvalue_input(name, value)", "            pass"),
