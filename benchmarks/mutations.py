@@ -62,6 +62,7 @@ TESTS = {
     "compiler/roles.py": ("tests/passes/low_rank/test_lora_slots.py",),
     "passes/low_rank/merge_lora.py": ("tests/passes/low_rank/test_merge_lora.py",),
     "passes/low_rank/lora_slots.py": ("tests/passes/low_rank/test_lora_slots.py",),
+    "passes/quantization/compensate.py": ("tests/passes/quantization/test_compensate_adapter.py",),
     "runtime/adapters.py": ("tests/runtime/test_adapters.py",),
     "runtime/generate.py": ("tests/runtime/test_adapters.py",),
     "runtime/session.py": ("tests/runtime/test_adapters.py",),
@@ -370,6 +371,9 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("moved numbers forgotten", "if match := _TRANSFORMS.search(done):", "if match := None:"),
         ("rows of a packed matrix", "            start += rows", "            start += 0"),
         ("float16 forgotten", "    tensor = stored.weight.const_value\n    assert tensor is not None\n    return tensor.dtype", "    return ir.DataType.FLOAT"),
+        ("no sum", '"Add", [end, delta], name=name)', '"Add", [end, end], name=name)'),
+        ("another order of parts", "for part in parts]\n    if len(pieces) > 1:", "for part in parts[::-1]]\n    if len(pieces) > 1:"),
+        ("the name of the output", "    if end.is_graph_output():", "    if False:"),
     ),
     "compiler/lora_slots.py": (
         ("another shape", "if len(shape) != 2 or shape[1 - axis] != fixed", "if len(shape) != 2"),
@@ -407,11 +411,15 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("a pair with half an update", "np.concatenate([old_second.w_NK(), b_NR], axis=1)", "np.concatenate([old_second.w_NK(), 0 * b_NR], axis=1)"),
         ("no lengths", "total *= (magnitude_N", "total *= (0 * magnitude_N + 1"),
     ),
+    "passes/quantization/compensate.py": (
+        ("slots mixed", "            _refuse_slots(model)", "            pass"),
+        ("codes alone in the stream", "w_NK if product is None else w_NK + _multiplied(product).T", "w_NK"),
+        ("in other places", "f\"{linear.name}.lora_A\": product.first_KR", "f\"{linear.name}.lora_A\": -product.first_KR"),
+        ("floats counted as bytes", "(_PER_SIDE + rank * (rows + columns) * site.dtype.numpy().itemsize)", "(_PER_SIDE + rank * (rows + columns))"),
+        ("codes that lean on the product", "        if self.form == \"adapter\":\n            return super()._fit(group, site_of)\n", ""),
+    ),
     "passes/low_rank/lora_slots.py": (
-        ("no sum", '"Add", [end, delta], name=name)', '"Add", [end, end], name=name)'),
-        ("another order of parts", "for part in parts]\n    if len(pieces) > 1:", "for part in parts[::-1]]\n    if len(pieces) > 1:"),
         ("a second slot", "if any(f\"{part.target.name}.lora_A\" in model.graph.initializers for part in parts):", "if False:"),
-        ("the name of the output", "    if end.is_graph_output():", "    if False:"),
     ),
     "runtime/adapters.py": (
         ("nothing bound", "            binding.bind_ortvalue_input(name, value)", "            pass"),

@@ -4,6 +4,7 @@ model.onnx, model.onnx.data     the graph and its weights
 tokenizer.json, ...             as they came with the source
 config.json, generation_config.json, genai_config.json
 onnxpress.json                  the card: passes, numbers, hashes, versions
+repair.onnx_adapter, ...        what a pass made beside the graph
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Artifact:
         reference: str | Path | Artifact | None = None,
         context: int = 1024,
         tokens: int = 8192,
+        adapter: str | None = None,
     ) -> Evaluation:
         """Perplexity on `text`, and with a reference the distance from it.
 
@@ -113,6 +115,7 @@ class Artifact:
             reference: a model directory or artifact with the same vocabulary.
             context: tokens of a window.
             tokens: how much of the text.
+            adapter: name of a loaded adapter that this model uses, the reference not.
         """
         from onnxpress.runtime.model import load
 
@@ -122,6 +125,7 @@ class Artifact:
             context=context,
             tokens=tokens,
             reference=None if directory is None else load(directory),
+            adapter=adapter,
         )
 
     @functools.cached_property

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler import formats
 from onnxpress.compiler.artifact import PIPELINE_KEY
 from onnxpress.compiler.errors import PreconditionError, UnsupportedModelError
 from onnxpress.compiler.linears import Embedding, Linear, find_linears, is_slot
-from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths
+from onnxpress.compiler.lora_slots import PATHS, Slot, read_paths, write_paths
 from onnxpress.compiler.lora_targets import SLOT, Target
 
 # Passes that move numbers between matrices, or renumber blocks: an adapter of the original fits no longer.
@@ -55,16 +56,13 @@ def find_sites(linears: Iterable[Linear], embeddings: Sequence[Embedding] = ()) 
     for linear in linears:
         if linear.is_side:
             continue
-        columns = linear.num_in - linear.num_sums
-        paths = tuple(name for name in (linear.node.name, linear.weight.name) if name)
         parts = _parts(linear)
         if not parts:
-            target = Target(linear.name, linear.kind, linear.block, (linear.num_out, columns), paths)
-            found.append(Site(target, linear))
+            found.append(whole(linear))
         start = 0
         for kind, rows in parts:
             name = kind if linear.block is None else f"block{linear.block}.{kind}"
-            found.append(Site(Target(name, kind, linear.block, (rows, columns)), linear, start))
+            found.append(Site(Target(name, kind, linear.block, (rows, _columns(linear))), linear, start))
             start += rows
     by_size = sorted(embeddings, key=lambda one: -one.num_rows)  # positions and types have fewer rows than tokens
     for number, embedding in enumerate(by_size):
@@ -73,6 +71,18 @@ def find_sites(linears: Iterable[Linear], embeddings: Sequence[Embedding] = ()) 
         target = Target(name, kind, None, (embedding.width, embedding.num_rows), paths)
         found.append(Site(target, embedding))
     return found
+
+
+def whole(linear: Linear) -> Site:
+    """A linear as one site, whatever it packs."""
+    paths = tuple(name for name in (linear.node.name, linear.weight.name) if name)
+    shape = linear.num_out, _columns(linear)
+    return Site(Target(linear.name, linear.kind, linear.block, shape, paths), linear)
+
+
+def _columns(linear: Linear) -> int:
+    """Features that it reads, sums of blocks left out."""
+    return linear.num_in - linear.num_sums
 
 
 def refuse_transformed(model: ir.Model, history: Iterable[str]) -> None:
@@ -131,6 +141,36 @@ def _parts(linear: Linear) -> list[tuple[str, int]]:
     return []
 
 
+def add_slots(graph: ir.Graph, parts: Sequence[Site]) -> None:
+    """Adds x A B to what a linear or a table gives, with its bias; A and B are inputs with a default of rank 0.
+
+    Args:
+        graph: the main graph.
+        parts: all sites of one holder in their order; each gets a slot by its target's name, which must be new.
+    """
+    if isinstance(parts[0].holder, Embedding):
+        _add_to_table(graph, parts[0], parts[0].holder)
+        return
+    linear = parts[0].linear
+    end, dtype = _end(linear.output, linear.bias), float_type(linear)
+    nodes: list[ir.Node] = []
+    pieces = [_product(graph, nodes, part, linear.source, "MatMul", dtype, end) for part in parts]
+    if len(pieces) > 1:
+        name = f"{linear.name}/lora"
+        joined = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", -1)], name=name)
+        _describe(joined.outputs[0], name, dtype, end, linear.num_out)
+        nodes.append(joined)
+        pieces = [joined.outputs[0]]
+    _sum(graph, nodes, end, pieces[0], dtype, f"{linear.name}/lora_sum")
+
+
+def note_slots(model: ir.Model, added: Iterable[Site]) -> None:
+    """Keeps the names that the linears of new slots have in the graph, for modules that roles do not tell."""
+    paths = {site.target.name: site.target.paths for site in added}
+    if paths:
+        model.metadata_props[PATHS] = write_paths({**read_paths(model.metadata_props.get(PATHS)), **paths})
+
+
 def find_slots(model: ir.Model) -> dict[str, Slot]:
     """The slots of a graph, by name."""
     paths = read_paths(model.metadata_props.get(PATHS))
@@ -153,3 +193,80 @@ def check_is_graph(graph: object) -> ir.Graph:
     if not isinstance(graph, ir.Graph):
         raise PreconditionError("expected a node of the main graph, found one of a function or branch")
     return graph
+
+
+def _add_to_table(graph: ir.Graph, site: Site, embedding: Embedding) -> None:
+    ids, end = embedding.node.inputs[1], embedding.node.outputs[0]
+    assert ids is not None
+    tensor = embedding.table.const_value
+    if embedding.node.op_type == "GatherBlockQuantized":
+        scale = embedding.node.inputs[2]
+        tensor = None if scale is None else scale.const_value
+    assert tensor is not None
+    nodes: list[ir.Node] = []
+    delta = _product(graph, nodes, site, ids, "Gather", tensor.dtype, end)
+    _sum(graph, nodes, end, delta, tensor.dtype, f"{site.target.name}/lora_sum")
+
+
+def _product(
+    graph: ir.Graph, nodes: list[ir.Node], site: Site, source: ir.Value, first: str, dtype: ir.DataType, end: ir.Value
+) -> ir.Value:
+    """Appends the two nodes of one slot, and gives their result."""
+    rows, columns = site.target.shape
+    name = site.target.name
+    a = _input(graph, f"{name}.lora_A", (columns, 0), (columns, f"{name}.rank"), dtype)
+    b = _input(graph, f"{name}.lora_B", (0, rows), (f"{name}.rank", rows), dtype)
+    operands = [a, source] if first == "Gather" else [source, a]
+    attributes = [ir.AttrInt64("axis", 0)] if first == "Gather" else []
+    narrow = ir.Node("", first, operands, attributes, name=f"{name}/lora_A")
+    _describe(narrow.outputs[0], f"{name}/lora_narrow", dtype, end, f"{name}.rank")
+    wide = ir.Node("", "MatMul", [narrow.outputs[0], b], name=f"{name}/lora_B")
+    _describe(wide.outputs[0], f"{name}/lora_wide", dtype, end, rows)
+    nodes += [narrow, wide]
+    return wide.outputs[0]
+
+
+def _input(
+    graph: ir.Graph, name: str, sizes: tuple[int, int], shape: tuple[int | str, int | str], dtype: ir.DataType
+) -> ir.Value:
+    """An input with an empty default."""
+    tensor = ir.Tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    graph.inputs.append(value)
+    return value
+
+
+def _sum(graph: ir.Graph, nodes: list[ir.Node], end: ir.Value, delta: ir.Value, dtype: ir.DataType, name: str) -> None:
+    """Puts end + delta in the place of `end`, whose name the sum takes over where it is an output."""
+    total = ir.Node("", "Add", [end, delta], name=name)
+    result = total.outputs[0]
+    maker = end.producer()
+    assert maker is not None
+    uses = list(end.uses())
+    result.shape, result.type = end.shape, end.type or ir.TensorType(dtype)
+    if end.is_graph_output():
+        result.name, end.name = end.name, f"{end.name}/plain"
+        for index, output in enumerate(graph.outputs):
+            if output is end:
+                graph.outputs[index] = result
+    else:
+        result.name = name
+    check_is_graph(maker.graph).insert_after(maker, [*nodes, total])
+    for node, index in uses:
+        if node is not total:
+            node.replace_input_with(index, result)
+
+
+def _end(output: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """What a linear gives with the bias that a node of its own adds."""
+    readers = output.consumers()
+    if bias is not None and len(readers) == 1 and readers[0].op_type == "Add" and bias in readers[0].inputs:
+        return readers[0].outputs[0]
+    return output
+
+
+def _describe(value: ir.Value, name: str, dtype: ir.DataType, like: ir.Value, width: int | str) -> None:
+    value.name, value.type = name, ir.TensorType(dtype)
+    if like.shape is not None:
+        value.shape = ir.Shape([*list(like.shape)[:-1], width])

@@ -170,6 +170,9 @@ def optimize(
         with clock.timed("write"):
             path = write_graph(source.model, stage.path, pipeline=str(pipeline), max_in_flight_bytes=_SAVING_MEMORY)
             write_companions(source.model, stage.path, source=source, config=context.config, target=chosen_target)
+            for _, report in done:
+                for name, write in report.files.items():
+                    write(stage.path / name)
         if meter is not None:
             tell("measuring the loss")
             with clock.timed("measure"):

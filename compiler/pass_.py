@@ -62,6 +62,7 @@ class Report:
         ledger: one row of facts per changed site, for the card (`site` is its first key).
         calibration: what a pass saw of text, {} when it needs none.
         notes: what a person should read, a line each: a decision, a table.
+        files: what is to lie beside the model in an artifact: name to a function that writes it to a path.
         seconds: wall time of the run.
         bytes_before, bytes_after: bytes of all initializers, shared ones counted once.
     """
@@ -72,6 +73,7 @@ class Report:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0

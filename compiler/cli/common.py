@@ -40,7 +40,7 @@ AdapterPath = Annotated[
     typer.Option(
         "--adapter",
         metavar="PATH",
-        help="A LoRA adapter (.onnx_adapter or a PEFT directory), for a model of `lora slots`.",
+        help="A LoRA adapter (.onnx_adapter or a PEFT directory) for a model of `lora slots`; or a model's own repair.",
         show_default="none",
     ),
 ]

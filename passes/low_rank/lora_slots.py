@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import OptionError, near_miss
-from onnxpress.compiler.linears import Embedding, find_embeddings, find_linears
-from onnxpress.compiler.lora_graph import Site, check_is_graph, find_sites, float_type, refuse_transformed
-from onnxpress.compiler.lora_slots import PATHS, read_paths, write_paths
+from onnxpress.compiler.linears import find_embeddings, find_linears
+from onnxpress.compiler.lora_graph import Site, add_slots, find_sites, note_slots, refuse_transformed
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 
@@ -54,7 +52,7 @@ class LoraSlots(Pass):
         together: dict[int, list[Site]] = {}
         for site in sites:
             together.setdefault(id(site.holder), []).append(site)
-        paths: dict[str, tuple[str, ...]] = {}
+        added: list[Site] = []
         for parts in context.track(list(together.values()), "lora_slots"):
             wanted = [part for part in parts if self._wants(part, report)]
             if not wanted:
@@ -62,15 +60,11 @@ class LoraSlots(Pass):
             if any(f"{part.target.name}.lora_A" in model.graph.initializers for part in parts):
                 report.skip(parts[0].target.name, "has a slot already")
                 continue
-            if isinstance(parts[0].holder, Embedding):
-                _add_to_table(model.graph, parts[0], parts[0].holder)
-            else:
-                _add(model.graph, parts)
+            add_slots(model.graph, parts)
             for part in parts:  # all of a packed matrix: what is added to its output is as wide as that
                 report.change(part.target.name, kind=part.target.kind, shape=list(part.target.shape))
-                paths[part.target.name] = part.target.paths
-        if paths:
-            model.metadata_props[PATHS] = write_paths({**read_paths(model.metadata_props.get(PATHS)), **paths})
+                added.append(part)
+        note_slots(model, added)
         return report
 
     def _check(self, sites: Sequence[Site]) -> None:
@@ -94,95 +88,3 @@ class LoraSlots(Pass):
         else:
             return True
         return False
-
-
-def _add(graph: ir.Graph, parts: Sequence[Site]) -> None:
-    """x A B of each part, side by side, added to what the linear gives with its bias."""
-    linear = parts[0].linear
-    end, dtype = _end(linear.output, linear.bias), float_type(linear)
-    nodes: list[ir.Node] = []
-    pieces = [_product(graph, nodes, part, linear.source, "MatMul", dtype, end) for part in parts]
-    if len(pieces) > 1:
-        name = f"{linear.name}/lora"
-        joined = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", -1)], name=name)
-        _describe(joined.outputs[0], name, dtype, end, linear.num_out)
-        nodes.append(joined)
-        pieces = [joined.outputs[0]]
-    _sum(graph, nodes, end, pieces[0], dtype, f"{linear.name}/lora_sum")
-
-
-def _add_to_table(graph: ir.Graph, site: Site, embedding: Embedding) -> None:
-    ids, end = embedding.node.inputs[1], embedding.node.outputs[0]
-    assert ids is not None
-    tensor = embedding.table.const_value
-    if embedding.node.op_type == "GatherBlockQuantized":
-        scale = embedding.node.inputs[2]
-        tensor = None if scale is None else scale.const_value
-    assert tensor is not None
-    nodes: list[ir.Node] = []
-    delta = _product(graph, nodes, site, ids, "Gather", tensor.dtype, end)
-    _sum(graph, nodes, end, delta, tensor.dtype, f"{site.target.name}/lora_sum")
-
-
-def _product(
-    graph: ir.Graph, nodes: list[ir.Node], site: Site, source: ir.Value, first: str, dtype: ir.DataType, end: ir.Value
-) -> ir.Value:
-    """Appends the two nodes of one slot, and gives their result."""
-    rows, columns = site.target.shape
-    name = site.target.name
-    a = _input(graph, f"{name}.lora_A", (columns, 0), (columns, f"{name}.rank"), dtype)
-    b = _input(graph, f"{name}.lora_B", (0, rows), (f"{name}.rank", rows), dtype)
-    operands = [a, source] if first == "Gather" else [source, a]
-    attributes = [ir.AttrInt64("axis", 0)] if first == "Gather" else []
-    narrow = ir.Node("", first, operands, attributes, name=f"{name}/lora_A")
-    _describe(narrow.outputs[0], f"{name}/lora_narrow", dtype, end, f"{name}.rank")
-    wide = ir.Node("", "MatMul", [narrow.outputs[0], b], name=f"{name}/lora_B")
-    _describe(wide.outputs[0], f"{name}/lora_wide", dtype, end, rows)
-    nodes += [narrow, wide]
-    return wide.outputs[0]
-
-
-def _input(
-    graph: ir.Graph, name: str, sizes: tuple[int, int], shape: tuple[int | str, int | str], dtype: ir.DataType
-) -> ir.Value:
-    """An input with an empty default."""
-    tensor = ir.Tensor(np.zeros(sizes, dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    graph.inputs.append(value)
-    return value
-
-
-def _sum(graph: ir.Graph, nodes: list[ir.Node], end: ir.Value, delta: ir.Value, dtype: ir.DataType, name: str) -> None:
-    """Puts end + delta in the place of `end`, whose name the sum takes over where it is an output."""
-    total = ir.Node("", "Add", [end, delta], name=name)
-    result = total.outputs[0]
-    maker = end.producer()
-    assert maker is not None
-    uses = list(end.uses())
-    result.shape, result.type = end.shape, end.type or ir.TensorType(dtype)
-    if end.is_graph_output():
-        result.name, end.name = end.name, f"{end.name}/plain"
-        for index, output in enumerate(graph.outputs):
-            if output is end:
-                graph.outputs[index] = result
-    else:
-        result.name = name
-    check_is_graph(maker.graph).insert_after(maker, [*nodes, total])
-    for node, index in uses:
-        if node is not total:
-            node.replace_input_with(index, result)
-
-
-def _end(output: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """What a linear gives with the bias that a node of its own adds."""
-    readers = output.consumers()
-    if bias is not None and len(readers) == 1 and readers[0].op_type == "Add" and bias in readers[0].inputs:
-        return readers[0].outputs[0]
-    return output
-
-
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, like: ir.Value, width: int | str) -> None:
-    value.name, value.type = name, ir.TensorType(dtype)
-    if like.shape is not None:
-        value.shape = ir.Shape([*list(like.shape)[:-1], width])

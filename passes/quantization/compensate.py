@@ -5,6 +5,9 @@ the codes to what the product leaves of the weights. The thin matrices are store
 more operators for each linear, so `size` gives them only to those of which the model gains most per byte. A matrix that
 gains nothing over codes alone stays without.
 
+As an adapter (`form`) the product is no part of the graph: the codes are those of gptq, the thin matrices are floats in
+a file of their own, and inputs of the graph take them, which are empty by default.
+
 Paper:   arXiv:2410.06040 (QERA, theorem 1), arXiv:2402.02446 (LQER), arXiv:2405.18886 (CALDERA: taking turns)
 Differs: codes come from gptq with teacher's targets; the product is the best one for the outputs (see `whitening`);
          its second matrix is fitted once more to the first as it was rounded.
@@ -13,27 +16,31 @@ Axes:    N out features, K in features, R rank
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxpress.compiler import sizes
+from onnxpress.compiler import sizes, whitening
 from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration import Calibration, Group
-from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
+from onnxpress.compiler.errors import OptionError, StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
+from onnxpress.compiler.lora_graph import add_slots, find_slots, note_slots, whole
+from onnxpress.compiler.lora_slots import write_adapter
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.compiler.stats import Stats
 from onnxpress.compiler.whitening import Activation, output_directions
 from onnxpress.passes.quantization import _least_squares as least_squares
-from onnxpress.passes.quantization._calibrated import Calibrated, coded_steps, is_finite, solve
+from onnxpress.passes.quantization._calibrated import Calibrated, coded_steps, identity, is_finite, solve
 from onnxpress.passes.quantization._rounding import Floats, round_matrix
 from onnxpress.passes.quantization._weight_only import (
     FLOATS,
@@ -47,6 +54,15 @@ _STEP = 16  # between ranks that are chosen from
 _ROWS = 96  # of a matrix that tell whether codes alone would do as well
 _PER_SIDE = 1100  # bytes that three more nodes and four more weights take in the graph at most, besides names
 _RUINED = 1e6  # cost of a matrix without which the outputs are not finite
+FILE = "repair.onnx_adapter"
+
+
+class _Product(NamedTuple):
+    """A [K, R] and B [R, N] of an adapter, in the type of the activation, and ||(Q + A B - W) X|| / ||W X||."""
+
+    first_KR: Floats
+    second_RN: Floats
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +80,9 @@ class Compensate(Calibrated):
     weigh: Literal["exact", "diagonal", "none"] = "exact"  # error by all moments (QERA), by sizes (LQER), by none (SVD)
     size: str | None = None  # bytes of all products together, "2MB": ranks go where the model gains most per byte
     probe: int = 512  # tokens on which it is measured what a matrix costs the model
+    # Products in 8 bits as part of the graph; or codes of gptq, and an adapter file, repair.onnx_adapter, with products
+    # in floats for inputs that the graph takes, so that the model runs with or without them.
+    form: Literal["graph", "adapter"] = "graph"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +90,11 @@ class Compensate(Calibrated):
         self.check(self.turns >= 1, "turns", "at least 1", "4 suits most models")
         self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '2MB'")
         self.check(self.probe >= 16, "probe", "at least 16", "512 suits most models")
+        if self.form == "adapter" and self.turns != type(self).turns:
+            raise OptionError(
+                f"{self.name()}: turns={self.turns} has no effect with form='adapter', whose codes are those of gptq",
+                hint="leave it out, or use form='graph'",
+            )
 
     @classmethod
     def example(cls, model: ir.Model) -> Compensate:
@@ -80,6 +104,8 @@ class Compensate(Calibrated):
         self, model: ir.Model, sites: list[Site], linears: list[Linear], context: Context, report: Report
     ) -> Iterator[tuple[Site, Coded]]:
         able = [site for site in sites if self._ranks(site)]
+        if able and self.form == "adapter":
+            _refuse_slots(model)
         for site in able:
             site.rank = self.rank
         if self.size is not None and able:
@@ -91,8 +117,11 @@ class Compensate(Calibrated):
                 for site in able:  # what is rounded to the nearest instead has none, and is noted below
                     site.rank = 0
         in_vain = []
-        for site, coded in super().code(model, sites, linears, context, report):
-            if site.rank and coded.side is None:
+        found = super().code(model, sites, linears, context, report)
+        if able and self.form == "adapter":
+            found = self._with_adapter(model, linears, [*found], context, report)
+        for site, coded in found:
+            if site.rank and "rank" not in coded.facts:
                 in_vain.append(site.name)
             yield site, coded
         if not able:
@@ -108,8 +137,11 @@ class Compensate(Calibrated):
         return [rank for rank in ranks if min(site.shape) > 2 * rank]
 
     def _nbytes(self, site: Site, rank: int) -> int:
-        """Bytes of both thin matrices: a byte and the share of a block's scale for each weight, and their nodes."""
+        """Bytes of both thin matrices and their nodes; in 8 bits a byte and the share of a scale for each weight."""
         rows, columns = site.shape
+        if self.form == "adapter":  # every linear has inputs of its own
+            names = sum(16 * len(one.name) for one in site.linears)
+            return names + len(site.linears) * (_PER_SIDE + rank * (rows + columns) * site.dtype.numpy().itemsize)
         names = sum(9 * len(one.output.name or "") + 3 * len(one.node.name or "") for one in site.linears)
         total = _PER_SIDE * len(site.linears) + names
         for num_out, num_in in ((rank, columns), (rows, rank)):
@@ -186,7 +218,115 @@ class Compensate(Calibrated):
         }
         return choices[self.weigh]()
 
+    def _with_adapter(
+        self,
+        model: ir.Model,
+        linears: list[Linear],
+        done: list[tuple[Site, Coded]],
+        context: Context,
+        report: Report,
+    ) -> Iterator[tuple[Site, Coded]]:
+        """What `code` gave; slots go into the graph, and what fills them into a file of the report."""
+        products = self._products(model, linears, done, context, report)
+        arrays: dict[str, Floats] = {}
+        added = [whole(linear) for site, _ in done if id(site) in products for linear in site.linears]
+        for one in added:
+            add_slots(model.graph, [one])
+        note_slots(model, added)
+        for site, coded in done:
+            if (product := products.get(id(site))) is None:
+                yield site, coded
+                continue
+            nbytes = 0
+            for linear in site.linears:
+                arrays |= {f"{linear.name}.lora_A": product.first_KR, f"{linear.name}.lora_B": product.second_RN}
+                nbytes += product.first_KR.nbytes + product.second_RN.nbytes
+            facts = {"rank": site.rank, "repaired_error": product.error, "repair_bytes": nbytes}
+            yield site, coded._replace(facts=coded.facts | facts)
+        if products:
+            report.files[FILE] = functools.partial(write_adapter, arrays=arrays)
+            report.notes.append(
+                f"{FILE} repairs {len(products)} matrices; what is measured here is the model without it; "
+                f"with it: onnxpress eval DIR --adapter DIR/{FILE}"
+            )
+
+    def _products(
+        self,
+        model: ir.Model,
+        linears: list[Linear],
+        done: list[tuple[Site, Coded]],
+        context: Context,
+        report: Report,
+    ) -> dict[int, _Product]:
+        """A and B by the id of their site, fitted to what codes leave in a model whose matrices before are repaired.
+
+        Text runs through the model once more: the codes were fitted to what the model is without the products.
+        """
+        coded_of = {id(site): coded for site, coded in done}
+        site_of: dict[int, Site] = {}
+        for site, coded in done:
+            if "output_error" in coded.facts:  # fitted to text
+                site_of |= {id(linear): site for linear in site.linears if linear.holder in FLOATS}
+            else:
+                site.rank = 0
+        wanted = [linear for linear in linears if id(linear) in site_of]
+        found: dict[int, _Product | None] = {}
+        if not any(site.rank for site in site_of.values()):
+            return {}
+        windows = calibration_windows(model, wanted, site_of, context, Report(), self.tokens, self.length)
+        ranks = repr(sorted((site.name, site.rank) for site in site_of.values() if site.rank))
+        state = identity(sys.modules[type(self).__module__], whitening)
+        section = context.journal.section(str(self), context.target.name, state, ranks, FILE)
+        with Calibration(model, windows, wanted, context.work_dir) as run:
+            has_rank = [any(site_of[id(one)].rank for one in stage.linears) for stage in run.stages]
+            last = max(number for number, one in enumerate(has_rank) if one)
+            for number, stage in enumerate(context.track(run.stages[: last + 1], f"{self.name()}: repairs")):
+                digest = run.digest(stage)
+                record = section.read(str(number), digest) if has_rank[number] else {}
+                group = run.observe(stage, with_stats=record is None)
+                if record is None:
+                    record = self._fitted(group, site_of, coded_of) if is_finite(group) else {}
+                    section.write(str(number), digest, record)
+                for index, linear in enumerate(group.linears):
+                    key = id(site_of[id(linear)])
+                    product = None
+                    if f"{index}.A" in record:
+                        product = _Product(record[f"{index}.A"], record[f"{index}.B"], float(record[f"{index}.error"]))
+                    # Where layers share a weight, the first of them decides.
+                    product = found.setdefault(key, product)
+                    w_NK = coded_of[key].w_NK()
+                    group.replace(linear, w_NK if product is None else w_NK + _multiplied(product).T)
+        return {key: product for key, product in found.items() if product is not None}
+
+    def _fitted(self, group: Group, site_of: dict[int, Site], coded_of: dict[int, Coded]) -> dict[str, Any]:
+        """A, B and what they leave of the error, of those linears of a group that gain by them; for the journal."""
+        moments, correction_KK = self.prepared(group)
+        activation = Activation(self._weights(group.stats))
+        record: dict[str, Any] = {}
+        for index, linear in enumerate(group.linears):
+            site = site_of[id(linear)]
+            if not site.rank:
+                continue
+            w_KN: Floats = np.ascontiguousarray(linear.w_NK().T)
+            coded_KN = coded_of[id(site)].w_NK().T
+            left_KN = w_KN - coded_KN
+            if correction_KK is not None:
+                left_KN += correction_KK @ w_KN
+            pair = output_directions(left_KN.T, activation).factors(left_KN.T, site.rank)
+            first_KR, second_RN = (np.ascontiguousarray(one).astype(site.dtype.numpy()) for one in pair)
+            product_KN = _multiplied(_Product(first_KR, second_RN, 0.0))
+            before = least_squares.quadratic(left_KN, moments.plain_KK)
+            if not least_squares.quadratic(left_KN - product_KN, moments.plain_KK) < before:
+                continue
+            error = least_squares.quadratic(coded_KN + product_KN - w_KN, moments.plain_KK)
+            energy = least_squares.quadratic(w_KN, moments.plain_KK)
+            record |= {f"{index}.A": first_KR, f"{index}.B": second_RN}
+            record[f"{index}.error"] = np.array(math.sqrt(error / energy) if energy else 0.0)
+        return record
+
     def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
+        if self.form == "adapter":
+            return super()._fit(group, site_of)
         repaired = [one for one in group.linears if site_of[id(one)].rank]
         others = [one for one in group.linears if not site_of[id(one)].rank]
         found: dict[int, Coded] = {}
@@ -276,6 +416,22 @@ class Compensate(Calibrated):
             scale_dtype=dtype,
         )
         return matrix
+
+
+def _multiplied(product: _Product) -> Floats:
+    """A B as float32 [K, N]."""
+    found: Floats = product.first_KR.astype(np.float32) @ product.second_RN.astype(np.float32)
+    return found
+
+
+def _refuse_slots(model: ir.Model) -> None:
+    """Raises UnsupportedModelError for a graph that takes adapters already: of two, a request could have one only."""
+    if slots := find_slots(model):
+        raise UnsupportedModelError(
+            f"form='adapter': expected a graph without slots for adapters, found those of {len(slots)} matrices "
+            f"({next(iter(slots))}, ...)",
+            hint="form='graph' puts the repair into the graph, and leaves the slots to adapters",
+        )
 
 
 def _block(width: int) -> int:

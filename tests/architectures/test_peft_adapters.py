@@ -1,4 +1,4 @@
-"""Adapters trained with PEFT: the same logits in torch, merged here, in slots, and in onnxruntime-genai."""
+"""Adapters trained with PEFT, and repairs: the same logits in torch, merged, in slots, and in onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -229,22 +229,37 @@ def genai_python() -> str | None:
 
 @pytest.mark.parametrize("passes", ["fp32", "fuse, rtn(bits=8), pack"])
 def test_in_onnxruntime_genai(passes: str, train: Callable[..., Trained], tmp_path: Path) -> None:
-    python = genai_python()
-    if python is None:
-        pytest.skip("onnxruntime-genai is not installed; ONNXPRESS_GENAI_PYTHON may name a Python that has it")
     given = train("llama", **CASES[0][1])
     plain = given.artifact(tmp_path / "plain", passes)
     slots = add_slots(plain.directory, tmp_path / "slots")
     file = tmp_path / "one.onnx_adapter"
     convert_adapter(given.adapter, slots.directory, file)
-    np.save(tmp_path / "ids.npy", given.ids)
-    command = [python, "-c", _GENAI, str(slots.directory), str(file), str(tmp_path / "ids.npy")]
-    done = subprocess.run([*command, str(tmp_path / "out.npy")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    first, second, third = np.load(tmp_path / "out.npy")
-    before = logits(slots.directory, given.ids)
-    assert difference(first, before) < TOLERANCE
-    assert difference(second, logits(slots.directory, given.ids, file)) < TOLERANCE
-    assert difference(third, before) < TOLERANCE
+    second = switched_in_genai(slots.directory, file, given.ids, tmp_path)
     if passes == "fp32":
         assert difference(second, given.logits) < TOLERANCE
+
+
+def test_a_repair_in_onnxruntime_genai(tiny_export: Callable[..., Path], tmp_path: Path) -> None:
+    passes = "fuse, pack, compensate(rank=16, tokens=128, length=32, rounds=0, form='adapter')"
+    place = tmp_path / "out"
+    optimize(tiny_export("llama"), output=place, passes=passes, calibration="english", measure=False)
+    ids = np.random.default_rng(0).integers(3, 200, (1, 9))
+    found = switched_in_genai(place, place / "repair.onnx_adapter", ids, tmp_path)
+    assert difference(found, logits(place, ids)) > 0.01
+
+
+def switched_in_genai(directory: Path, file: Path, ids: np.ndarray, work: Path) -> np.ndarray:
+    """Logits with the adapter, after a look at those before and after it."""
+    python = genai_python()
+    if python is None:
+        pytest.skip("onnxruntime-genai is not installed; ONNXPRESS_GENAI_PYTHON may name a Python that has it")
+    np.save(work / "ids.npy", ids)
+    command = [python, "-c", _GENAI, str(directory), str(file), str(work / "ids.npy")]
+    done = subprocess.run([*command, str(work / "out.npy")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third = np.load(work / "out.npy")
+    before = logits(directory, ids)
+    assert difference(first, before) < TOLERANCE
+    assert difference(second, logits(directory, ids, file)) < TOLERANCE
+    assert difference(third, before) < TOLERANCE
+    return np.asarray(second)
