@@ -110,6 +110,22 @@ def tiny_export(shared_folder: Path) -> Callable[..., Path]:
     return export
 
 
+@pytest.fixture(scope="session")
+def real_model(shared_folder: Path) -> Any:
+    """SmolLM2-135M as optimum exports it, an Artifact; skipped where it cannot be fetched."""
+    import onnxpress
+
+    directory = shared_folder / "smollm2" / "exported"
+    with locked(shared_folder / "smollm2.lock"):
+        if not directory.exists():
+            directory.parent.mkdir(exist_ok=True)
+            try:
+                return onnxpress.export("smollm2-135m", directory)
+            except onnxpress.UserError as error:
+                pytest.skip(f"the model cannot be fetched: {error.message}")
+    return onnxpress.open_artifact(directory)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that write down what tests measure."""
     parser.addoption("--update-golden", action="store_true", help="write what is measured into tests/golden")
