@@ -29,6 +29,7 @@ PACKAGES = ("compiler", "models", "passes", "runtime")
 TIMEOUT_S = 600
 
 _FUSION, _TESTS = "passes/fusion", "tests/passes/fusion"
+_QUANTIZATION, _QUANTIZED = "passes/quantization", "tests/passes/quantization"
 # The tests that must notice, quickest first: pytest stops at the first failure.
 TESTS = {
     f"{_FUSION}/fuse_rmsnorm.py": (f"{_TESTS}/test_fuse_rmsnorm.py",),
@@ -66,6 +67,11 @@ TESTS = {
     "runtime/adapters.py": ("tests/runtime/test_adapters.py",),
     "runtime/generate.py": ("tests/runtime/test_adapters.py",),
     "runtime/session.py": ("tests/runtime/test_adapters.py",),
+    f"{_QUANTIZATION}/mixed.py": (f"{_QUANTIZED}/test_fitted_errors.py", f"{_QUANTIZED}/test_mixed.py"),
+    f"{_QUANTIZATION}/_mixed.py": (f"{_QUANTIZED}/test_fitted_errors.py", f"{_QUANTIZED}/test_mixed.py"),
+    f"{_QUANTIZATION}/_fitted_errors.py": (f"{_QUANTIZED}/test_fitted_errors.py",),
+    f"{_QUANTIZATION}/_calibrated.py": (f"{_QUANTIZED}/test_calibrated.py", f"{_QUANTIZED}/test_gptq.py"),
+    "compiler/stats.py": (f"{_QUANTIZED}/test_calibrated.py",),
 }
 # By file: (what goes wrong, text that occurs once, text that takes its place).
 MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -432,6 +438,59 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("steps without the adapter", "        self.adapter.bind(binding)\n        self._bind_step_inputs(binding)", "        self._bind_step_inputs(binding)"),
         ("prompts without the adapter", "        self.adapter.bind(binding)\n        held =", "        held ="),
         ("whole sequences without the adapter", "        self.adapters.find(adapter).bind(binding)\n", ""),
+    ),
+    f"{_QUANTIZATION}/mixed.py": (
+        ("never priced anew", "            self._reprice(items, model, context)", "            pass"),
+        ("another probe", "[item.probe, *item.formats]", "[item.formats[0], *item.formats]"),
+        ("tables fitted too", "for site in item.sites if not site.embeddings]", "for site in item.sites]"),
+        ("more text than asked for", "tokens = min(self.tokens, _FITTING_TOKENS)", "tokens = _FITTING_TOKENS"),
+        ("windows longer than the text", "length=min(self.length, tokens)", "length=self.length"),
+        ("few tokens say as much", "Fitted.damping * max(1.0, _FITTING_TOKENS / tokens)", "Fitted.damping"),
+        ("unknown errors are none", "if len(known) < len(item.sites) or not item.cost:", "if not known or not item.cost:"),
+        ("rounding of the first alone", "before = sum(one for one, _ in known)", "before = known[0][0]"),
+        ("fitting of the first alone", "sum(after[index] for _, after in known)", "known[0][1][index]"),
+        ("fitting leaves everything", "Option(item.cost * sum(after[index] for _, after in known) / before, option.nbytes)", "option"),
+        ("bytes of the first format", "/ before, option.nbytes)", "/ before, item.options[0].nbytes)"),
+        ("gate and up apart", '"gate": "gate_up", "up": "gate_up"', '"gate": "gate"'),
+        ("a free probe", "_PROBE if _error(item, _PROBE) > _EXACT else item.formats[0]", "_PROBE"),
+    ),
+    f"{_QUANTIZATION}/_mixed.py": (
+        ("scales cannot be chosen", '{**OVERRIDABLE, "scales": ("max", "mse")}', "OVERRIDABLE"),
+        ("nothing rounded", "return rounded(sites, context, self.name())", "return rounded([], context, self.name())"),
+    ),
+    f"{_QUANTIZATION}/_fitted_errors.py": (
+        ("not relative", " / energy if energy > 0 else 0.0", ""),
+        ("of the weights, not the outputs", "return least_squares.quadratic(np.ascontiguousarray(error_KN), moments.plain_KK)", "return float(np.vdot(error_KN, error_KN))"),
+        ("damping ignored", "Moments(group.stats.hessian_KK, damping)", "Moments(group.stats.hessian_KK, 0.01)"),
+        ("rounded in a format to fit", "**rounded._asdict()", "**fitted[0]._asdict()"),
+        ("rounding for fitting", "error_KN = steps_KN * grid.spread(grid.scale_GN, len(steps_KN)) - w_NK.T", "error_KN = plain.T - w_NK.T"),
+        ("numbers that are none", "if not is_finite(group):", "if False:"),
+        ("the last reader tells", "found.setdefault(id(site_of[id(linear)]), (before, after))", "found[id(site_of[id(linear)])] = before, after"),
+    ),
+    f"{_QUANTIZATION}/_calibrated.py": (
+        ("falls back unasked", "            if not self.fallback:\n                raise\n", ""),
+        ("random tokens are text", "if wanted and self.fallback:", "if False:"),
+        ("fallback without a word", "            report.notes.append(f\"rounded to the nearest, not", "            str(f\"rounded to the nearest, not"),
+        ("fitted codes rounded again", "for site in sites if id(site) in found for linear", "for site in sites[:0] for linear"),
+        ("fallback rounds nothing", "for site in sites if id(site) in found for linear", "for site in sites for linear"),
+        ("what is not finite is rounded", "if id(site) not in unfit and not any(", "if not any("),
+        ("what is not finite is fitted", "elif is_finite(group):", "elif True:"),
+        ("left out without a word", 'report.skip(site.name, "its activation is not finite on the calibration text")', "pass"),
+        ("scarcity no reason to damp", "self.damping * scarcity", "self.damping"),
+        ("scarcity no reason for a ridge", "self.ridge * scarcity", "self.ridge"),
+        ("no teacher", "if not self.teacher or group.stats.drift_KK is None:", "if True:"),
+        ("always a teacher", "if not self.teacher or group.stats.drift_KK is None:", "if group.stats.drift_KK is None:"),
+        ("a sum for a mean", "group.stats.drift_KK / group.stats.count", "group.stats.drift_KK"),
+        ("targets of no use", "w_KN if correction_KK is None else w_KN + correction_KK @ w_KN", "w_KN"),
+        ("targets turned over", "w_KN + correction_KK @ w_KN", "w_KN + correction_KK.T @ w_KN"),
+        ("targets the wrong way", "w_KN + correction_KK @ w_KN", "w_KN - correction_KK @ w_KN"),
+        ("errors do not travel", "group.replace(linear, coded.w_NK())", "pass"),
+        ("the last reader decides", "coded = found.setdefault(id(site_of[id(linear)]), coded)", "found[id(site_of[id(linear)])] = coded"),
+    ),
+    "compiler/stats.py": (
+        ("one token a feature is enough", "_TOKENS_PER_FEATURE = 5", "_TOKENS_PER_FEATURE = 1"),
+        ("never scarce", "return max(1.0, _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1))", "return 1.0"),
+        ("more than enough", "return max(1.0, _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1))", "return _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1)"),
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from onnxpress import models
 from onnxpress.compiler import optimize as optimizing
+from onnxpress.compiler.artifact import Artifact
 from onnxpress.compiler.errors import BadModelFileError, UnsupportedModelError
 from onnxpress.compiler.linears import find_embeddings, find_linears
 from onnxpress.compiler.pipeline import parse
@@ -414,11 +415,12 @@ def test_a_damaged_header_is_walked_or_refused(tmp_path: Path, whole: bytes, dat
 
 
 @pytest.mark.model
-def test_the_real_model(tmp_path: Path) -> None:
-    source = models.load("smollm2-135m", work_dir=tmp_path)
-    assert source.kind == "gguf"
-    assert source.provenance["tensor_types"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
-    assert next(iter(source.provenance["files"].values()))["sha256"] == zoo._ZOO["smollm2-135m"].sha256
+def test_the_real_model(real_model: Artifact, tmp_path: Path) -> None:
+    origin = real_model.report["source"]
+    assert origin["kind"] == "gguf"
+    assert origin["tensor_types"] == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
+    assert next(iter(origin["files"].values()))["sha256"] == zoo._ZOO["smollm2-135m"].sha256
+    source = models.load(real_model.directory, work_dir=tmp_path)
     assert source.config["num_hidden_layers"] == 30
     assert source.generation_config["eos_token_id"] == 2
     config = json.loads(source.files["tokenizer_config.json"].read_text())

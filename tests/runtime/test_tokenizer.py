@@ -218,17 +218,23 @@ def test_missing_and_broken_files_are_one_line(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.model
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
-def test_smollm2_encodes_as_in_transformers(conversation, tmp_path):
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """(tokenizer of transformers, ours of the same files)"""
     from transformers import AutoTokenizer
 
     from onnxpress.models import zoo
 
-    file = zoo.fetch("smollm2-135m")
+    file, folder = zoo.fetch("smollm2-135m"), tmp_path_factory.mktemp("smollm2")
     theirs = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    theirs.save_pretrained(tmp_path)
-    ours = Tokenizer(tmp_path)
+    theirs.save_pretrained(folder)
+    return theirs, Tokenizer(folder)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_smollm2_encodes_as_in_transformers(conversation, smollm2):
+    theirs, ours = smollm2
     assert ours.encode_chat(conversation) == theirs.apply_chat_template(conversation, add_generation_prompt=True)
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text)
