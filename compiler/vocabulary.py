@@ -39,7 +39,7 @@ class Vocabulary:
             "size_before": self.source_size,
             "size": len(self.ids_V),
             "ids_before": base64.b64encode(zlib.compress(steps, 9)).decode("ascii"),
-            "sha256": hashlib.sha256(self.ids_V.astype("<i8").tobytes()).hexdigest(),
+            "sha256": _digest(self.ids_V),
         }
 
     @classmethod
@@ -55,12 +55,16 @@ class Vocabulary:
             source_size = int(found["size_before"])
         except (AssertionError, KeyError, TypeError, ValueError, zlib.error):
             return None
-        is_whole = len(ids_V) == size and size > 0 and ids_V.min() >= 0 and ids_V.max() < source_size
-        return cls(source_size, ids_V) if is_whole else None
+        is_whole = len(ids_V) == size > 0 and ids_V.min() >= 0 and ids_V.max() < source_size
+        return cls(source_size, ids_V) if is_whole and found.get("sha256") == _digest(ids_V) else None
 
     def after(self, kept_V: Ids) -> Vocabulary:
         """The vocabulary of which only the tokens `kept_V` were left, in that order."""
         return Vocabulary(self.source_size, self.ids_V[kept_V])
+
+
+def _digest(ids_V: Ids) -> str:
+    return hashlib.sha256(ids_V.astype("<i8").tobytes()).hexdigest()
 
 
 def columns(model: Vocabulary | None, size: int, reference: Vocabulary | None, reference_size: int) -> Ids | None:

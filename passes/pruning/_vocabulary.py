@@ -8,7 +8,6 @@ Axes: V tokens, H width of the stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler import formats, packing
 from onnxpress.compiler.errors import UnsupportedModelError
-from onnxpress.compiler.linears import Linear, find_linears, unique_name
+from onnxpress.compiler.linears import Linear, drop_unused, find_linears, unique_name
 
 Ids = npt.NDArray[np.int64]
 
@@ -242,8 +241,7 @@ def _resize_view(graph: ir.Graph, node: ir.Node, count: int) -> None:
     node.replace_input_with(1, _initializer(graph, old.name or "shape", sizes))
     if node.outputs[0].shape is not None:
         node.outputs[0].shape = ir.Shape([count, *node.outputs[0].shape[1:]])
-    if not old.uses() and old.name in graph.initializers:
-        del graph.initializers[old.name]
+    drop_unused(graph, old)
 
 
 def _resize(value: ir.Value, count: int, num_rows: int) -> None:
@@ -277,7 +275,7 @@ def _constant_size(value: ir.Value) -> int:
 def _width(value: ir.Value) -> int | None:
     """Numbers along the last axis, 0 of a scalar, None when nobody says."""
     tensor = ir.convenience.get_const_tensor(value)
-    shape: Sequence[Any] | None = tensor.shape if tensor is not None else value.shape
+    shape = value.shape if tensor is None else tensor.shape
     if shape is None:
         return None
     size = shape[-1] if len(shape) else 0
