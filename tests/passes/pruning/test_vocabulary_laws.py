@@ -185,3 +185,16 @@ def test_what_a_chat_template_writes() -> None:
     template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}Be kind.{% generation %}{% endfor %}"
     assert {"<|im_start|>", "\n", "Be kind."} <= set(template_texts(template))
     assert template_texts("{{ unclosed") is not None
+
+
+def test_an_unknown_character_costs_what_it_did(tmp_path: Path) -> None:
+    """Of Unigram: it is as bad as the worst token and ten more, so a text would change when that token goes."""
+    scores = {"<unk>": 0, "c": -20, "d": -20, "z": -5, "cd": -1, "Xc": -20, "zz": -50}
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([*scores.items()], unk_id=0))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    whole = Tokens(tmp_path / "tokenizer.json")
+    kept = whole.indispensable()
+    assert {whole.words[index] for index in kept} == {"<unk>", "c", "d", "z", "Xc", "zz"}
+    new = whole.numbering(kept | {backend.token_to_id("cd")})
+    assert backend.encode("Xcd").tokens == ["Xc", "d"]
+    assert tokenizers.Tokenizer.from_str(whole.rewritten(new)).encode("Xcd").tokens == ["Xc", "d"]
