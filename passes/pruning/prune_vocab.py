@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler.calibration_text import CalibrationText
-from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
+from onnxpress.compiler.errors import BadModelFileError, CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
 from onnxpress.passes.pruning._token_files import (
     OBSOLETE,
@@ -77,7 +77,7 @@ def choose(
     for token in sorted(place, key=lambda one: (-counts.get(one, 0), place[one])):
         if len(kept) >= target:
             break
-        if token not in kept and len(kept | (more := set(needs(token)))) <= target:
+        if token not in kept and len(kept) + len(more := set(needs(token)) - kept) <= target:
             kept |= more
     return kept
 
@@ -177,7 +177,7 @@ class PruneVocab(Pass):
             if name.endswith(".jinja"):
                 texts += template_texts(path.read_text(encoding="utf-8"))
             elif name.endswith(".json") and name not in (_TOKENIZER, *OBSOLETE):
-                configs.append(content := json.loads(path.read_text(encoding="utf-8")))
+                configs.append(content := _read(path))
                 texts += _templates(content)
         found = tokens.indispensable() | places.named_ids() | set(named_ids(configs))
         for text in texts:
@@ -268,6 +268,13 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadModelFileError(f"{path}: expected JSON: {error}", hint="fetch or write the file again") from error
+
+
 def _templates(content: Any) -> list[str]:
     """What the chat templates in a config write."""
     found = content.get("chat_template") if isinstance(content, dict) else None
@@ -290,7 +297,7 @@ def _edit_files(new: Mapping[int, int], size: int, tokenizer: Path, context: Con
         elif name == _TOKENIZER:
             files[name] = tokenizer
         elif name.endswith(".json"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _read(path)
             if name == "added_tokens.json":
                 content = {word: new[index] for word, index in content.items() if index in new}
             files[name] = tokenizer.with_name(name)
