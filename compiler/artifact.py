@@ -112,7 +112,7 @@ class Artifact:
 
         Args:
             text: plain text; None for English text that comes with Python.
-            reference: a model directory or artifact with the same vocabulary.
+            reference: a model directory or artifact with the same vocabulary, or the one this was pruned from.
             context: tokens of a window.
             tokens: how much of the text.
             adapter: name of a loaded adapter that this model uses, the reference not.

@@ -6,6 +6,7 @@ load -> passes (watched by the loss meter and, on request, the verifier) -> writ
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import logging
 import shutil
@@ -24,6 +25,7 @@ from onnxpress import models
 from onnxpress.compiler import pipeline as pipelines
 from onnxpress.compiler import registry
 from onnxpress.compiler import report as cards
+from onnxpress.compiler import vocabulary as vocabularies
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
 from onnxpress.compiler.calibration_sources import Given, own_text, read_sources
 from onnxpress.compiler.calibration_text import CalibrationText
@@ -42,6 +44,7 @@ from onnxpress.compiler.target import Target
 from onnxpress.compiler.target import target as find_target
 from onnxpress.compiler.threads import limited
 from onnxpress.compiler.verify import LossMeter, Verifier
+from onnxpress.compiler.vocabulary import Vocabulary
 from onnxpress.models import zoo
 
 logger = logging.getLogger(__name__)
@@ -135,7 +138,8 @@ def optimize(
                 hint="leave it out: weights of MatMulNBits are kept anyway; for floats on a grid name the pass"
                 " keep_quantization in `passes`",
             )
-        context.config, context.stored_types = dict(source.config), source.stored_types
+        context.config, context.stored_types = copy.deepcopy(source.config), source.stored_types
+        context.generation_config, context.files = copy.deepcopy(source.generation_config), dict(source.files)
         context.history = artifact_history(source)
         if not calibration and _can_write(source):
             is_self = True
@@ -153,7 +157,11 @@ def optimize(
             seed=seed,
             held_out=_VERIFIED_TOKENS,
         )
-        before = {"nodes": len(source.model.graph), "bytes": weight_bytes(source.model)}
+        before = {
+            "nodes": len(source.model.graph),
+            "bytes": weight_bytes(source.model),
+            "tokens": _vocab_size(source),
+        }
         meter = _meter(source, pipeline, context, stage, verify) if measure else None
         verifier = _verifier(source, context, stage) if verify else None
         watching: list[Observer] = [_Narrator(tell, len(pipeline))]
@@ -169,7 +177,7 @@ def optimize(
         tell("writing the artifact")
         with clock.timed("write"):
             path = write_graph(source.model, stage.path, pipeline=str(pipeline), max_in_flight_bytes=_SAVING_MEMORY)
-            write_companions(source.model, stage.path, source=source, config=context.config, target=chosen_target)
+            write_companions(source.model, stage.path, source=context, config=context.config, target=chosen_target)
             for _, report in done:
                 for name, write in report.files.items():
                     write(stage.path / name)
@@ -291,15 +299,19 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
         sizes = image_sizes(source.config)
         return LossMeter(passes, stage.work, about="random inputs", sizes=sizes)
     count = min(_VERIFIED_TOKENS if verify else _MEASURED_TOKENS, context_length(source.config) or _VERIFIED_TOKENS)
-    sample = functools.partial(
-        sample_tokens,
-        source.files,
-        context.calibration.text,
-        count=count,
-        vocab_size=_vocab_size(source),
-        seed=context.seed,
+
+    def sample(files: dict[str, Path], vocab_size: int) -> tuple[npt.NDArray[np.int64], str]:
+        text = context.calibration.text
+        return sample_tokens(files, text, count=count, vocab_size=vocab_size, seed=context.seed)
+
+    return LossMeter(
+        passes,
+        stage.work,
+        sample=functools.partial(sample, source.files, _vocab_size(source)),
+        resample=lambda: sample(context.files, _vocab_size(source)),
+        kept=lambda: context.kept_ids,
+        split=verify,
     )
-    return LossMeter(passes, stage.work, sample=sample, split=verify)
 
 
 def _warnings(model: ir.Model, pipeline: Pipeline, strict: bool) -> list[str]:
@@ -365,6 +377,9 @@ def _card(
     earlier = provenance.pop("artifact", None) or {}
     known = earlier.get("history")
     history = [*(known if isinstance(known, list) else []), earlier["pipeline"]] if earlier.get("pipeline") else []
+    vocabulary = Vocabulary.from_card(earlier)
+    if (kept := context.kept_ids) is not None:
+        vocabulary = Vocabulary(before["tokens"], kept) if vocabulary is None else vocabulary.after(kept)
     return {
         "format": cards.CARD_FORMAT,
         "name": source.name,
@@ -381,6 +396,7 @@ def _card(
             "bytes_before": before["bytes"],
             "bytes_after": weight_bytes(source.model),
         },
+        **({} if vocabulary is None else {vocabularies.KEY: vocabulary.to_card()}),
         "operators": cards.operators(source.model),
         "quality": {},
         "source": {"kind": source.kind, **provenance, **({"source": earlier["source"]} if "source" in earlier else {})},

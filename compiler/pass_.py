@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler.calibration_text import CalibrationText
@@ -115,6 +117,10 @@ class Context:
     Attributes:
         target: provider and float type that the artifact is built for.
         config: the model's `config.json`; a pass that changes the architecture edits it.
+        generation_config: its `generation_config.json`.
+        files: companion files (tokenizer, chat template) by name; a pass that changes one writes another below
+            `work_dir` and enters that. They are copied into the artifact.
+        kept_ids: [V], the id that each token had in the source; None while no pass has renumbered them.
         seed: of everything random.
         track: `for item in context.track(items, "layers")` lets the CLI draw a progress bar; silent in the library.
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
@@ -127,6 +133,9 @@ class Context:
 
     target: Target = TARGETS["cpu"]
     config: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    kept_ids: npt.NDArray[np.int64] | None = None
     seed: int = 0
     track: Tracker = _silent
     work_dir: Path | None = None

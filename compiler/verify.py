@@ -24,6 +24,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import UnsupportedModelError, UserError, VerificationError
+from onnxpress.compiler.linears import find_embeddings
 from onnxpress.compiler.pass_ import Pass, Promise, Report, subgraphs
 from onnxpress.compiler.probe import Array, Probe, Step, kl_divergence, log_softmax
 from onnxpress.compiler.region import first_line
@@ -114,6 +115,9 @@ class LossMeter:
         split: also run the finished model without rounding activations, to tell that error from the weights'.
         sizes: of symbolic dimensions, for models without text; see `Probe.run_random`, which adds to it.
         quality: filled by `finish`, for the card.
+        kept: the id that each token had before the passes, None while that has not changed; once it has, the reference
+            is measured anew on the new tokens, over those that were kept.
+        resample: gives `ids` and `about` after such a change.
     """
 
     passes: Sequence[Pass]
@@ -130,6 +134,10 @@ class LossMeter:
     _position: int = 0
     _is_causal: bool = False
     _closed: threading.Event = field(default_factory=threading.Event)
+    kept: Callable[[], Ids | None] = lambda: None
+    resample: Callable[[], tuple[Ids, str]] | None = None
+    _kept: Ids | None = None
+    _open_reference: Callable[[], Probe] | None = None
 
     def close(self) -> None:
         """Nobody will ask any more: a measurement in the thread that has not begun is given up, and none is told of."""
@@ -149,12 +157,17 @@ class LossMeter:
         prepacked = any(node.op_type == "MatMulNBits" for node in model.graph)
         threads = max(1, workers() // 2)
 
+        def opened() -> Probe:
+            return Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder)
+
         def measure() -> Outputs:
             if self.sample is not None:
                 self.ids, self.about = self.sample()
             if self._closed.is_set():
                 raise _ClosedError
-            return self._first_run(Probe(content, optimized=True, prepacked=prepacked, threads=threads, folder=folder))
+            return self._first_run(opened())
+
+        self._open_reference = opened
 
         self._reference = in_thread(lambda: self._guarded(measure), "measure")
 
@@ -163,6 +176,7 @@ class LossMeter:
         self._position += 1
         if pass_.promise is not Promise.LOSSY or self._expected() is None:
             return
+        self._follow_tokens()
         is_last = not any(later.promise is Promise.LOSSY for later in self.passes[self._position :])
         if report.modified and not is_last:
             path = self._snapshot(model, f"after{self._position}")
@@ -171,6 +185,18 @@ class LossMeter:
                 self._note(report, outputs)
         elif report.modified or (is_last and self._metrics):  # the loss of the file, though this pass adds none
             self._pending = report
+
+    def _follow_tokens(self) -> None:
+        """Measures the reference on the new tokens after a pass that has given them other ids."""
+        kept, opened = self.kept(), self._open_reference
+        if kept is None or kept is self._kept or self.resample is None or opened is None:
+            return
+        self._kept = kept
+        self.ids, self.about = self.resample()
+        self.about += f", over the {len(kept)} tokens that were kept"
+        again: Future[Outputs | None] = Future()
+        again.set_result(self._guarded(lambda: self._run(opened(), kept)))
+        self._reference = again
 
     def _expected(self) -> Outputs | None:
         """What the reference gives; waits for it. None when it, or the model after a pass, does not run here."""
@@ -229,15 +255,20 @@ class LossMeter:
                 fewer = self.ids.shape[1] // 2
                 self.ids, self.about = self.ids[:, :fewer], f"the first {fewer} of {whole}"
 
-    def _run(self, probe: Probe) -> Outputs:
+    def _run(self, probe: Probe, kept: Ids | None = None) -> Outputs:
+        """The outputs for `ids`; `kept` gives the model's ids of them, and the logits to look at."""
         if self.ids is None:
             return probe.run_random(0, self.sizes)
+        ids = self.ids if kept is None else kept[self.ids]
         self._is_causal = probe.is_language_model and any("past" in name for name in probe.inputs)
         if self._is_causal:
-            return {_LOG_P: log_softmax(probe.logits(self.ids)[0])}
-        outputs = probe.run(probe.decoder_feeds(Step(self.ids, np.ones_like(self.ids))))
+            logits = probe.logits(ids)[0]
+            return {_LOG_P: log_softmax(logits if kept is None else logits[:, kept])}
+        outputs = probe.run(probe.decoder_feeds(Step(ids, np.ones_like(ids))))
         if "logits" in outputs:  # of each token, or of a class for the whole text
             logits = outputs["logits"].astype(np.float32, copy=False)
+            if kept is not None and logits.shape[-1] > kept.max():
+                outputs["logits"] = logits = logits[..., kept]
             outputs[_LOG_P] = log_softmax(logits.reshape(-1, logits.shape[-1]))
         return outputs
 
@@ -364,7 +395,10 @@ class Verifier:
             exact.unlink()
         if not probe.is_language_model:
             return probe.run_random(self.seed, self.sizes)
-        return dict(_decoder_outputs(probe, self.vocab_size or 100, self.seed))
+        # Fewer than the sample was made for once a pass has dropped tokens.
+        tables = [one.num_rows for one in find_embeddings(model, [])]
+        bound = min(self.vocab_size or 100, max(tables, default=self.vocab_size or 100))
+        return dict(_decoder_outputs(probe, bound, self.seed))
 
 
 # A step of 8 bits is 0.8 % of the largest activation; a few of them in a row stay below this, a lost scale does not.

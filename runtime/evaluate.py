@@ -3,7 +3,8 @@
 Perplexity here is exp of the mean negative log likelihood, in nats, of tokens 2 to N of each of several windows of N
 tokens that do not overlap; nothing is put before a window. It compares only with numbers of the same text, window and
 tokenizer. The divergence from a reference, mean KL(reference || model) per predicted token, compares more finely: it
-sees every probability and not only that of the token that came.
+sees every probability and not only that of the token that came. A model that lost tokens is compared over those that
+it has, on its own reading of the text: the reference's probabilities are divided by their sum over these tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
+from onnxpress.compiler.staging import MANIFEST
+from onnxpress.compiler.vocabulary import Vocabulary, columns
+from onnxpress.runtime.config import read_json
 from onnxpress.runtime.session import DecoderSession, Floats
 from onnxpress.runtime.tokenizer import Tokenizer
 
@@ -56,6 +60,7 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
     reference_perplexity: float | None = None
+    kept_probability: float | None = None  # of the model's tokens, by the reference; None where it has no others
     worst: tuple[WorstToken, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -64,6 +69,8 @@ class Evaluation:
         if self.kl is None:
             for key in ("kl", "top1_agreement", "reference_perplexity", "worst"):
                 del facts[key]
+        if self.kept_probability is None:
+            del facts["kept_probability"]
         return facts
 
 
@@ -85,7 +92,7 @@ def perplexity(
         token_ids: the text, without special tokens.
         context: length of a window; the last one may be shorter.
         tokens: how much of the text; a shorter text is taken whole.
-        reference: the model to compare with, of the same vocabulary.
+        reference: the model to compare with, of the same vocabulary, or of the one that the model's was pruned from.
         tokenizer: makes the worst tokens readable.
         adapter: name of a loaded adapter that `session` uses; the reference uses its default, this very session none.
         progress: called with (windows done, windows in all) after each window.
@@ -93,14 +100,15 @@ def perplexity(
     Raises:
         OptionError: `context` or `tokens` is too small, or `context` longer than the model was made for.
         CalibrationError: the text has fewer than two tokens, or tokens beyond the vocabulary.
-        UnsupportedModelError: the models have different vocabularies.
+        UnsupportedModelError: the models have different vocabularies, of which the model's is no known part.
     """
     ids = np.asarray(token_ids, dtype=np.int64)[:tokens]
-    _check(session, reference, ids, context, tokens)
+    _check(session, ids, context, tokens)
+    known = None if reference is None else _known_to(reference, session)
     others = "" if reference is session else None
     windows = [ids[start : start + context] for start in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
-    nll = reference_nll = kl_sum = 0.0
+    nll = reference_nll = kl_sum = kept_sum = 0.0
     agreed = predicted = 0
     worst: list[tuple[float, int]] = []
     for number, window in enumerate(windows):
@@ -112,7 +120,11 @@ def perplexity(
         else:
             if reference is session:  # whose buffer the second run overwrites
                 logits = logits.copy()
-            found = compare(_window_logits(reference, window, others)[:-1], logits, targets)
+            expected = _window_logits(reference, window if known is None else known[window], others)[:-1]
+            if known is not None:
+                kept_sum += _probability(expected, known)
+                expected = expected[:, known]
+            found = compare(expected, logits, targets)
             nll -= float(found.log_likelihood.sum())
             reference_nll -= float(found.reference_log_likelihood.sum())
             kl_sum += float(found.kl.sum())
@@ -129,14 +141,35 @@ def perplexity(
             "kl": kl_sum / predicted,
             "top1_agreement": agreed / predicted,
             "reference_perplexity": float(np.exp(reference_nll / predicted)),
+            "kept_probability": None if known is None else kept_sum / predicted,
             "worst": tuple(_describe(ids, position, kl, context, tokenizer) for kl, position in sorted(worst)[::-1]),
         }
     return Evaluation(float(np.exp(mean)), mean, len(ids), context, predicted, **facts)
 
 
-def _check(
-    session: DecoderSession, reference: DecoderSession | None, ids: npt.NDArray[np.int64], context: int, tokens: int
-) -> None:
+def _known_to(reference: DecoderSession, session: DecoderSession) -> npt.NDArray[np.int64] | None:
+    """The reference's id of each token of the model; None when all are the same."""
+    try:
+        return columns(_vocabulary(session), session.vocab_size, _vocabulary(reference), reference.vocab_size)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"evaluation: {error}", hint="compare a model with the one it was made from, and not the other way round"
+        ) from error
+
+
+def _vocabulary(session: DecoderSession) -> Vocabulary | None:
+    """The tokens that a pruned model was left with, as its card says."""
+    found = Vocabulary.from_card(read_json(session.path.parent / MANIFEST))
+    return found if found is not None and len(found.ids_V) == session.vocab_size else None
+
+
+def _probability(logits_TV: Floats, known: npt.NDArray[np.int64]) -> float:
+    """The share of probability on some tokens, summed over all positions."""
+    parts = (logits_TV[rows] for rows in _pieces(logits_TV))
+    return float(sum(np.exp(_log_sum_exp(part[:, known]) - _log_sum_exp(part)).sum() for part in parts))
+
+
+def _check(session: DecoderSession, ids: npt.NDArray[np.int64], context: int, tokens: int) -> None:
     if context < 2 or tokens < 2:
         raise OptionError(f"evaluation: expected a context and a number of tokens above 1, got {context} and {tokens}")
     limit = session.context_length
@@ -153,11 +186,6 @@ def _check(
         raise CalibrationError(
             f"evaluation: expected token ids below {session.vocab_size}, got {ids.min()} to {ids.max()}",
             hint="use the tokenizer of this very model",
-        )
-    if reference is not None and reference.vocab_size != session.vocab_size:
-        raise UnsupportedModelError(
-            f"evaluation: expected a reference with {session.vocab_size} logits, got {reference.vocab_size}",
-            hint="compare a model with the one it was made from",
         )
 
 

@@ -100,6 +100,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"  reference     {facts['reference_perplexity']:.4f} ({escape(facts['reference'])})")
     console.print(f"KL divergence   {facts['kl']:.6f} nats per token")
     console.print(f"top-1 agreement {facts['top1_agreement']:.2%}")
+    if "kept_probability" in facts:
+        console.print(f"compared over the model's tokens, which have {facts['kept_probability']:.2%} of the reference")
     rows = [
         (f"...{escape(one['context'][-50:])!r}", escape(repr(one["token"])), one["position"], f"{one['kl']:.3f}")
         for one in facts["worst"]
