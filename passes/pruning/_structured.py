@@ -35,7 +35,7 @@ from onnxpress.compiler.linears import Linear, find_linears
 from onnxpress.compiler.obs import eliminate
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.sensitivity import Sensitivity, digest_of
-from onnxpress.compiler.stats import Stats, damped, teacher_correction
+from onnxpress.compiler.stats import Stats, shrunk, teacher_correction
 from onnxpress.compiler.threads import workers
 from onnxpress.passes.pruning import _coded
 from onnxpress.passes.pruning._coded import FLOATS, Codes, set_matrix, to_codes, to_floats
@@ -47,7 +47,6 @@ _RUINED = 1e6  # cost of a layer without which the outputs are not finite
 _PROBED = 0.25  # share of the structures that is gone while the cost of a layer is measured, unless a ratio says
 _LEAST = 1e-6  # of the energy at the outputs of a layer
 _PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
-_DAMPING = 1e-2  # relative to the mean second moment
 
 
 @dataclass
@@ -222,7 +221,7 @@ class Structured(Pass):
 
     def _curve(self, one: Structure, seen: Stats, sensitivity: Sensitivity | None) -> tuple[Floats, float]:
         """Losses at all counts, relative, and what a unit of them costs the model."""
-        w_NK, hessian_KK = one.reader.w_NK(), damped(seen.hessian_KK, _DAMPING * seen.scarcity)
+        w_NK, hessian_KK = one.reader.w_NK(), shrunk(seen.hessian_KK, seen.count)
         if not (np.isfinite(hessian_KK).all() and np.isfinite(w_NK).all()):
             return np.zeros(0), 0.0
         whole = float(np.einsum("nk,nk->", w_NK @ hessian_KK, w_NK)) or 1.0
@@ -337,7 +336,7 @@ class Structured(Pass):
             if one is None:
                 record[f"{index}.w"] = np.asarray(target_NK, np.float32)
                 continue
-            hessian_KK = damped(seen.hessian_KK, _DAMPING * seen.scarcity)
+            hessian_KK = shrunk(seen.hessian_KK, seen.count)
             counts = [count for count in one.counts if count >= one.count]
             *_, last = eliminate(target_NK, hessian_KK, one.unit, counts)
             columns = (last.kept[:, None] * one.unit + np.arange(one.unit)).reshape(-1)
