@@ -161,7 +161,11 @@ def sweep(
             for j in range(first, end):
                 if zeros is not None and j % zeros.span == 0:
                     chosen = slice(j, min(j + zeros.span, stop))
-                    scores = np.square(target[j - start : chosen.stop - start]) * cost_K[chosen, None]
+                    # What these weights become if the errors so far are the last ones: each is the target of its
+                    # column once those before it are placed, and what they miss of W is made up for too.
+                    missed = w_KN[order[chosen]] - target[j - start : chosen.stop - start]
+                    missed = np.linalg.solve(feedback[chosen, chosen].T.astype(np.float64), missed)
+                    scores = np.square(w_KN[order[chosen]] - missed) * cost_K[chosen, None]
                     kept[order[chosen]] = zeros.choose(scores, j)  # type: ignore[index]
                 column, e = int(order[j]), error[j]
                 if kept is not None:

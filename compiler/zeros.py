@@ -70,10 +70,10 @@ class Pattern(NamedTuple):
 
     def nearest(self, columns: int) -> str:
         """The nearest pattern that fits rows of so many columns."""
-        choices = [(n, m) for m in range(2, 33) if columns % m == 0 for n in range(1, m)]
+        choices = [(n, m) for m in range(2, 2 * self.of + 1) if columns % m == 0 for n in range(1, m)]
         if not choices:
             return f"the nearest is sparsity={self.sparsity:.6g}"
-        n, m = min(choices, key=lambda one: (abs(1 - one[0] / one[1] - self.sparsity), abs(one[1] - self.of)))
+        n, m = min(choices, key=lambda one: (abs(one[1] - self.of), abs(1 - one[0] / one[1] - self.sparsity)))
         return f"the nearest is pattern='{n}:{m}'"
 
     def in_sweep(self, columns: int) -> Zeros:
