@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import calibration, columns, stats, zeros
+from onnxpress.compiler import calibration, columns, sparse, stats, zeros
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.columns import quadratic
@@ -142,8 +142,8 @@ class Tally:
         self.saved += max(count * nbytes / pruned_NK.size - pruned_NK.size / 8, 0)
         return count / pruned_NK.size
 
-    def sum_up(self, report: Report) -> None:
-        """Metrics, and what zeros are good for."""
+    def sum_up(self, model: ir.Model, report: Report) -> None:
+        """Metrics, and what zeros are good for; sparse initializers where they are smaller than the matrix."""
         if not self.weights:
             return
         report.metrics |= {
@@ -151,6 +151,7 @@ class Tally:
             "weight_error": math.sqrt(self.loss / self.norm) if self.norm else 0.0,
             "bytes_saved_if_compressed": self.saved,
         }
+        model.metadata_props.setdefault(sparse.KEY, sparse.INITIALIZERS)
         report.notes.append(NO_SPEED)
 
 
@@ -205,7 +206,7 @@ class Streamed(Pass):
             linear.set_weight(later, unique_name(model.graph, f"{linear.name}.pruned"))
         if squares:
             report.metrics["output_error"] = math.sqrt(sum(squares) / len(squares))
-        tally.sum_up(report)
+        tally.sum_up(model, report)
         return report
 
     def _stream(

@@ -73,7 +73,7 @@ class Magnitude(Pass):
             name = unique_name(model.graph, f"{linear.name}.pruned")
             linear.set_weight(_later(linear, pattern), name)
             report.change(linear.name, kind=linear.kind, shape=list(w_NK.shape), sparsity=share)
-        tally.sum_up(report)
+        tally.sum_up(model, report)
         return report
 
 
