@@ -32,7 +32,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxpress.compiler.errors import BadModelFileError
-from onnxpress.compiler.linears import unique_name
+from onnxpress.compiler.linears import drop_unused, unique_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class Choice(NamedTuple):
         form: "rows", "initializers" or "dense".
         nbytes: what it takes.
         axis: along which the rows lie.
-        count: weights that are stored, of a row or, as an initializer, of the matrix.
+        stored: weights that are stored, of a row or, as an initializer, of the matrix.
     """
 
     form: str
     nbytes: int
     axis: int = 0
-    count: int = 0
+    stored: int = 0
 
 
 def choose(array: Array, form: str) -> Choice:
@@ -226,7 +226,7 @@ def _compact(model: ir.Model, form: str, threshold: int, done: Compacted) -> Non
             logger.warning("%s stays dense: the graph file has no room for more sparse initializers", name)
         elif choice.form == INITIALIZERS:
             used += choice.nbytes
-            done.initializers.append((value, choice.count))
+            done.initializers.append((value, choice.stored))
             done.weights.append((value, None, name))
             graph.initializers.pop(name)
         elif choice.form == ROWS:
@@ -247,7 +247,7 @@ def _decoded(
 ) -> ir.Value:
     """The output of nodes that make the matrix of steps and values."""
     shape, axis = tuple(int(size) for size in tensor.shape.numpy()), choice.axis
-    sizes = tuple(choice.count if one == axis else size for one, size in enumerate(shape))
+    sizes = tuple(choice.stored if one == axis else size for one, size in enumerate(shape))
     key = (*shape, int(tensor.dtype))
 
     def initializer(what: str, dtype: ir.DataType, dims: Sequence[int], make: Callable[[], Array]) -> ir.Value:
@@ -329,8 +329,7 @@ def _replace(
 
 def _drop(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> None:
     for part in dict.fromkeys(parts):
-        if part is not None and part.name in graph.initializers and not part.uses():
-            del graph.initializers[part.name]
+        drop_unused(graph, part)
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol:

@@ -142,4 +142,4 @@ def read(name: str, sparsity: float | None, pattern: str | None, default: float 
 def _up(share: float) -> float:
     """A share that is not below this one, with four digits."""
     digits = 4 - math.ceil(math.log10(share))
-    return math.ceil(share * 10**digits) / 10**digits
+    return math.ceil(share * 10.0**digits) / 10.0**digits

@@ -162,7 +162,7 @@ def weight_bytes_per_step(graph: Skeleton) -> int:
         # The short form of scales is multiplied out once, and read as float32 (`onnxpress.compiler.scales`).
         if all(node.op_type == "Cast" and node.to == _FLOAT for node, _ in readers[name]):
             num_bytes = 4 * math.prod(tensor.shape)
-        elif all(node.op_type == "Mul" and node.inputs[0] in casts or _is_place(node) for node, _ in readers[name]):
+        elif all((node.op_type == "Mul" and node.inputs[0] in casts) or _is_place(node) for node, _ in readers[name]):
             continue
         # Sparse weights are made dense once (`onnxpress.compiler.sparse`).
         elif all((node.op_type, slot) == ("ScatterElements", 2) for node, slot in readers[name]):

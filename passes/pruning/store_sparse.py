@@ -37,7 +37,9 @@ class StoreSparse(Pass):
         present = model.metadata_props.get(sparse.KEY, sparse.DENSE)
         before = after = 0
         for value in context.track(sparse.candidates(model, _SMALLEST), "store_sparse"):
-            array, name = value.const_value.numpy(), str(value.name)  # type: ignore[union-attr]
+            tensor, name = value.const_value, str(value.name)
+            assert tensor is not None
+            array = tensor.numpy()
             zeros = 1 - int((array != 0).sum()) / array.size
             smallest = sparse.Choice(sparse.DENSE, array.nbytes)
             if self.form != sparse.DENSE:
