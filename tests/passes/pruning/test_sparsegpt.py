@@ -24,7 +24,7 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.stats import damped
 from onnxpress.compiler.zeros import Pattern
-from onnxpress.passes.pruning.sparsegpt import Sparsegpt, sparsegpt
+from onnxpress.passes.pruning.sparsegpt import sparsegpt
 
 Array = np.ndarray
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -232,9 +232,14 @@ def test_what_cannot_be_is_refused_with_the_nearest(options: str, why: str, near
     assert nearest in (caught.value.hint or "")
 
 
-def test_head_and_router_are_left_alone_unless_named() -> None:
-    model = decoder()
-    assert "head" not in run(model, f"sparsegpt({TEXT})").changed
-    names = {one.kind for one in find_linears(model)}
-    assert "head" in names
-    assert Sparsegpt(kinds=("head",)).kinds == ("head",)
+def test_the_head_is_left_alone_unless_named() -> None:
+    report = run(decoder(), f"sparsegpt({TEXT})")
+    assert "head" not in report.changed
+    assert any("kinds=('head',)" in reason for reason in report.reasons())
+    assert run(decoder(), f"sparsegpt({TEXT}, kinds=('head',))").changed == ["head"]
+
+
+def test_a_matrix_that_a_pattern_does_not_fit_is_skipped_with_the_nearest() -> None:
+    report = run(decoder(), f"sparsegpt({TEXT}, pattern='32:64')")
+    assert {name.partition(".")[2] for name in report.changed} == {"down"}
+    assert any("no multiple of 64; the nearest is pattern='16:32'" in reason for reason in report.reasons())
