@@ -25,6 +25,7 @@ from onnxpress.compiler.genai import genai_config
 from onnxpress.compiler.report import Card, installed
 from onnxpress.compiler.sample_text import default_text
 from onnxpress.compiler.scales import shortened
+from onnxpress.compiler.sparse import append_initializers, compacted
 from onnxpress.compiler.staging import MANIFEST
 from onnxpress.compiler.target import Target
 from onnxpress.compiler.threads import workers
@@ -183,7 +184,7 @@ def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", max_in_
         model.metadata_props[PIPELINE_KEY] = pipeline
     _drop_exporter_notes(model)
     path = directory / GRAPH
-    with shortened(model, threshold=INLINE_BYTES):
+    with shortened(model, threshold=INLINE_BYTES), compacted(model, threshold=INLINE_BYTES) as compact:
         ir.save(
             model,
             path,
@@ -192,6 +193,7 @@ def write_graph(model: ir.Model, directory: Path, *, pipeline: str = "", max_in_
             max_workers=min(4, workers()),
             max_in_flight_bytes=max_in_flight_bytes,
         )
+        append_initializers(path, compact.initializers)
     return path
 
 

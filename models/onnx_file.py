@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from onnxpress.compiler import scales, sparse
 from onnxpress.compiler.errors import BadModelFileError
-from onnxpress.compiler.scales import restore
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ INLINE_LIMIT = 1024  # bytes; smaller tensors stay in the protobuf, where consta
 
 # Field numbers of onnx.proto3, as far as the walk needs them.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
+_GRAPH_SPARSE_INITIALIZER, _SPARSE_VALUES, _SPARSE_INDICES = 15, 1, 2
 _LENGTH_DELIMITED = 2
 
 
@@ -57,9 +58,11 @@ def load_onnx(path: Path) -> ir.Model:
             f"{path}: expected an ONNX model, found a graph without outputs", hint=_check_hint(path)
         )
     try:
+        sparse.lower(proto.graph)
         model = ir.from_proto(proto)
         _settle(model, path, real)
-        restore(model)
+        scales.restore(model)
+        sparse.restore(model)
     except BadModelFileError:
         raise
     # What a hostile or broken graph makes onnx_ir raise is not a closed list: SerdeError, KeyError, ValueError, ...
@@ -149,6 +152,18 @@ def _graph_pieces(file: BinaryIO, graph: _Field, location: str) -> Iterator[byte
         if field.number == _GRAPH_INITIALIZER and field.wire == _LENGTH_DELIMITED and is_large:
             tensor = _external_tensor(file, field, location)
             yield from (_tag(_GRAPH_INITIALIZER), _varint(len(tensor)), tensor)
+        elif field.number == _GRAPH_SPARSE_INITIALIZER and field.wire == _LENGTH_DELIMITED and is_large:
+            sparse_tensor = b"".join(_sparse_pieces(file, field, location))
+            yield from (_tag(_GRAPH_SPARSE_INITIALIZER), _varint(len(sparse_tensor)), sparse_tensor)
+        else:
+            yield _read(file, field.tag, field.end)
+
+
+def _sparse_pieces(file: BinaryIO, tensor: _Field, location: str) -> Iterator[bytes]:
+    for field in _fields(file, tensor.start, tensor.end):
+        if field.number in (_SPARSE_VALUES, _SPARSE_INDICES) and field.wire == _LENGTH_DELIMITED:
+            part = _external_tensor(file, field, location)
+            yield from (_tag(field.number), _varint(len(part)), part)
         else:
             yield _read(file, field.tag, field.end)
 

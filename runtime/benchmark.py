@@ -162,13 +162,21 @@ def weight_bytes_per_step(graph: Skeleton) -> int:
         # The short form of scales is multiplied out once, and read as float32 (`onnxpress.compiler.scales`).
         if all(node.op_type == "Cast" and node.to == _FLOAT for node, _ in readers[name]):
             num_bytes = 4 * math.prod(tensor.shape)
-        elif all(node.op_type == "Mul" and node.inputs[0] in casts for node, _ in readers[name]):
+        elif all((node.op_type == "Mul" and node.inputs[0] in casts) or _is_place(node) for node, _ in readers[name]):
             continue
+        # Sparse weights are made dense once (`onnxpress.compiler.sparse`).
+        elif all((node.op_type, slot) == ("ScatterElements", 2) for node, slot in readers[name]):
+            num_bytes = max(graph.sizes.get(node.outputs[0], num_bytes) for node, _ in readers[name])
         total += num_bytes // max(1, rows)
     return total
 
 
-_FLOAT = 1  # of TensorProto.DataType
+_FLOAT, _INT32 = 1, 6  # of TensorProto.DataType
+
+
+def _is_place(node: Node) -> bool:
+    """Whether a node helps to find the places of sparse weights."""
+    return node.op_type in ("ConstantOfShape", "CumSum") or (node.op_type == "Cast" and node.to == _INT32)
 
 
 # Slots of which an operator reads only the row that an index names.

@@ -7,8 +7,9 @@ that is not wanted is stepped over in the memory map.
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Initializer:
 @dataclass
 class Skeleton:
     """What `read` found in the main graph of a model; `types` are the element types that the file states, as numbers
-    of TensorProto.DataType."""
+    of TensorProto.DataType, and `sizes` the bytes of values of which it states all dimensions."""
 
     path: Path
     nodes: list[Node] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Skeleton:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     types: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def consumers(self, name: str) -> list[Node]:
         """The nodes that read `name`, those that read it inside a sub-graph included."""
@@ -176,25 +178,46 @@ def _read_graph(data: mmap.mmap, start: int, end: int, skeleton: Skeleton) -> No
             tensor = _read_tensor(data, *span)
             skeleton.initializers[tensor.name] = tensor
             skeleton.types[tensor.name] = tensor.data_type
+        elif number == 15:
+            tensor = _read_sparse(data, *span)
+            skeleton.initializers[tensor.name] = tensor
+            skeleton.types[tensor.name] = tensor.data_type
         elif number in (11, 12, 13):
-            name, data_type = _read_value(data, *span)
+            name, data_type, shape = _read_value(data, *span)
             skeleton.types[name] = data_type
+            if shape:
+                skeleton.sizes[name] = _num_bytes(shape, data_type)
             if number != 13:
                 (skeleton.inputs if number == 11 else skeleton.outputs).append(name)
 
 
-def _read_value(data: mmap.mmap, start: int, end: int) -> tuple[str, int]:
-    """(name, element type) of a ValueInfoProto; the type is 0 where it is no tensor."""
-    name, data_type = "", 0
+def _read_value(data: mmap.mmap, start: int, end: int) -> tuple[str, int, list[int]]:
+    """(name, element type, shape) of a ValueInfoProto; the type is 0 where it is no tensor, [] is an unknown shape."""
+    name, data_type, shape = "", 0, list[int]()
     for number, span in _fields(data, start, end):
         if number == 1 and isinstance(span, tuple):
             name = data[span[0] : span[1]].decode()
         elif number == 2 and isinstance(span, tuple):
             for kind, tensor in _fields(data, *span):
                 if kind == 1 and isinstance(tensor, tuple):
-                    found = (value for part, value in _fields(data, *tensor) if part == 1 and isinstance(value, int))
-                    data_type = next(found, 0)
-    return name, data_type
+                    for part, value in _fields(data, *tensor):
+                        if part == 1 and isinstance(value, int):
+                            data_type = value
+                        elif part == 2 and isinstance(value, tuple):
+                            shape = _static(data, *value)
+    return name, data_type, shape
+
+
+def _static(data: mmap.mmap, start: int, end: int) -> list[int]:
+    """The sizes of a TensorShapeProto; [] when one of them has no number."""
+    sizes = []
+    for number, dim in _fields(data, start, end):
+        if number == 1 and isinstance(dim, tuple):
+            found = [value for part, value in _fields(data, *dim) if part == 1 and isinstance(value, int)]
+            if not found:
+                return []
+            sizes += found
+    return sizes
 
 
 def _read_node(data: mmap.mmap, start: int, end: int) -> Node:
@@ -241,17 +264,38 @@ def _inner_names(data: mmap.mmap, attributes: list[tuple[int, int]]) -> tuple[st
     return tuple(dict.fromkeys(names))
 
 
+def _read_sparse(data: mmap.mmap, start: int, end: int) -> Initializer:
+    """A sparse initializer as ONNX Runtime sees it once a session is open: dense."""
+    values, shape = Initializer("", (), 0, 0), list[int]()
+    for number, value in _fields(data, start, end):
+        if number == 1 and isinstance(value, tuple):
+            values = _read_tensor(data, *value)
+        elif number == 3:
+            shape += _dims(data, value)
+    return Initializer(values.name, tuple(shape), values.data_type, _num_bytes(shape, values.data_type))
+
+
+def _dims(data: mmap.mmap, value: int | tuple[int, int]) -> list[int]:
+    """One size, or as many as are packed there."""
+    if isinstance(value, int):
+        return [value]
+    shape, position = [], value[0]
+    while position < value[1]:
+        dim, position = _varint(data, position)
+        shape.append(dim)
+    return shape
+
+
+def _num_bytes(shape: Sequence[int], data_type: int) -> int:
+    return (math.prod(shape) * _BITS.get(data_type, 0) + 7) // 8
+
+
 def _read_tensor(data: mmap.mmap, start: int, end: int) -> Initializer:
     shape: list[int] = []
     data_type, name, location, offset = 0, "", None, 0
     for number, value in _fields(data, start, end):
-        if number == 1 and isinstance(value, int):
-            shape.append(value)
-        elif number == 1 and isinstance(value, tuple):  # packed
-            position = value[0]
-            while position < value[1]:
-                dim, position = _varint(data, position)
-                shape.append(dim)
+        if number == 1:
+            shape += _dims(data, value)
         elif number == 2 and isinstance(value, int):
             data_type = value
         elif number == 8 and isinstance(value, tuple):
@@ -262,7 +306,4 @@ def _read_tensor(data: mmap.mmap, start: int, end: int) -> Initializer:
                 location = entry.get(2)
             elif entry.get(1) == "offset":
                 offset = int(entry.get(2, "0"))
-    count = 1
-    for dim in shape:
-        count *= dim
-    return Initializer(name, tuple(shape), data_type, (count * _BITS.get(data_type, 0) + 7) // 8, location, offset)
+    return Initializer(name, tuple(shape), data_type, _num_bytes(shape, data_type), location, offset)

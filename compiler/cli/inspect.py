@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxpress.compiler.inspect import Ledger, Summary
+    from onnxpress.compiler.inspect.summary import KindFacts
 
 _MAX_NAMES = 6  # inputs or outputs listed in full
 
@@ -26,12 +27,15 @@ def inspect(
     ledger: Annotated[
         bool, typer.Option("--ledger", help="Of an artifact: what each quantized matrix lost, and nothing else.")
     ] = False,
+    zeros: Annotated[
+        bool, typer.Option("--zeros", help="Also read every matrix: which share of its weights is 0.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show architecture, blocks, parameters, bytes, operators, the cost of a token. Checkpoints are exported first."""
     if ledger:
-        _ledger(path, blocks or placement is not None, as_json, quiet)
+        _ledger(path, blocks or zeros or placement is not None, as_json, quiet)
         return
     import tempfile
     from pathlib import Path
@@ -41,7 +45,8 @@ def inspect(
 
     with tempfile.TemporaryDirectory(prefix="onnxpress-") as work, working(quiet=quiet or as_json) as progress:
         source = models.load(path, work_dir=Path(work), progress=progress.tell)
-        summary = summarize(source.model, config=source.config, provenance=_provenance(source.provenance))
+        provenance = _provenance(source.provenance)
+        summary = summarize(source.model, config=source.config, provenance=provenance, count_zeros=zeros)
         facts: dict[str, Any] = {"path": path, **summary.to_json()}
         if placement is not None:
             from onnxpress.runtime.placement import audit
@@ -63,7 +68,9 @@ def _ledger(path: str, has_others: bool, as_json: bool, quiet: bool) -> None:
     from onnxpress.compiler.inspect import read_ledger
 
     if has_others:
-        raise OptionError("--ledger: shows the ledger alone", hint="run inspect once more for --blocks and --placement")
+        raise OptionError(
+            "--ledger: shows the ledger alone", hint="run inspect once more for --blocks, --zeros and --placement"
+        )
     found = read_ledger(open_artifact(path).report)
     facts = {"path": path, **found.to_json()}
     emit(facts, as_json=as_json, quiet=quiet, show=lambda console: _show_ledger(console, found))
@@ -148,6 +155,7 @@ def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
         shown = listed if len(listed) <= _MAX_NAMES else listed[:_MAX_NAMES]
         console.print(f"{name:<13} {escape('; '.join(f'{key} {kind}' for key, kind in shown))}", end="")
         console.print(f"; and {len(listed) - len(shown)} more" if len(listed) > len(shown) else "")
+    has_zeros = any(kind.zeros is not None for kind in summary.kinds.values())
     rows = [
         (
             name,
@@ -157,10 +165,11 @@ def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
             number(kind.parameters) if kind.parameters else "shared",
             size(kind.bytes) if kind.bytes else "",
             f"{kind.bits_per_weight:.2f}" if kind.bytes else "",
+            *(_shares(kind) if has_zeros else ()),
         )
         for name, kind in summary.kinds.items()
     ]
-    columns = ("kind", "held by", "count", "N x K", "parameters", "bytes", "bits")
+    columns = ("kind", "held by", "count", "N x K", "parameters", "bytes", "bits", *(["zeros"] if has_zeros else []))
     console.print(table("weights by kind", columns, rows, left=2))
     if with_blocks:
         console.print(
@@ -182,6 +191,10 @@ def _show(console: Console, summary: Summary, with_blocks: bool) -> None:
         )
     counts = ", ".join(f"{name} {count}" for name, count in summary.operators.items())
     console.print(f"operators: {escape(counts)}")
+
+
+def _shares(kind: KindFacts) -> tuple[str]:
+    return ("" if kind.zeros is None else f"{100 * kind.zeros:.1f} %",)
 
 
 def _show_placement(console: Console, plan: dict[str, Any]) -> None:

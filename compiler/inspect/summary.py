@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler.blocks import Block, find_blocks
@@ -32,6 +33,7 @@ class KindFacts:
         bytes: what stores them, scales and zero points included; shared bytes are counted where they come first.
         shape: (N, K) when all are alike, else None.
         holders: operators that hold them, with counts.
+        zeros: share of the weights that are 0, None where nobody looked.
     """
 
     count: int = 0
@@ -39,6 +41,7 @@ class KindFacts:
     bytes: int = 0
     shape: tuple[int, int] | None = None
     holders: dict[str, int] = field(default_factory=dict)
+    zeros: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -122,13 +125,15 @@ def summarize(
     *,
     config: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    count_zeros: bool = False,
 ) -> Summary:
-    """Looks at a model; nothing is changed, and no weight is read.
+    """Looks at a model; nothing is changed, and no weight is read unless zeros are to be counted.
 
     Args:
         model: a graph, or the path of an `.onnx` file.
         config: its `config.json`, when there is one.
         provenance: what is known of its origin.
+        count_zeros: read every matrix, one at a time, for the share of its weights that are 0.
     """
     if not isinstance(model, ir.Model):
         model = ir.load(Path(model))
@@ -149,6 +154,8 @@ def summarize(
             row.parameters += parameters
             row.bytes += size
             row.kinds[linear.kind] = row.kinds.get(linear.kind, 0) + size
+    if count_zeros:
+        _count_zeros(kinds, linears)
     rest = _rest(model, blocks, rows, seen)
     if rest.count:
         kinds["other"] = rest
@@ -192,6 +199,18 @@ def _add(kinds: dict[str, KindFacts], name: str, parameters: int, size: int, vie
     facts.bytes += size
     holder = view.holder if isinstance(view, Linear) else view.node.op_type
     facts.holders[holder] = facts.holders.get(holder, 0) + 1
+
+
+def _count_zeros(kinds: dict[str, KindFacts], linears: list[Linear]) -> None:
+    counts: dict[str, list[int]] = {}
+    for linear in linears:
+        for one in linear.factors or (linear,):
+            w_NK = one.w_NK()
+            total = counts.setdefault(linear.kind, [0, 0])
+            total[0] += w_NK.size - int(np.count_nonzero(w_NK))
+            total[1] += w_NK.size
+    for kind, (zeros, weights) in counts.items():
+        kinds[kind].zeros = zeros / weights
 
 
 def _work(linear: Linear) -> int:

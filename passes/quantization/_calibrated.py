@@ -24,13 +24,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import calibration, packing, scales, stats, whitening
+from onnxpress.compiler import calibration, columns, packing, scales, stats, whitening, zeros
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.errors import StreamingError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.nbits import CodedMatrix
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.threads import workers
+from onnxpress.compiler.zeros import Pattern
 from onnxpress.passes.quantization import _grids, _rounding
 from onnxpress.passes.quantization import _least_squares as least_squares
 from onnxpress.passes.quantization._grids import Floats, fit_grid
@@ -147,19 +148,23 @@ class Calibrated(WeightOnly):
         drift_KK = group.stats.drift_KK / group.stats.count
         return moments, stats.teacher_correction(moments.hessian_KK, drift_KK, self.ridge * scarcity)
 
+    def pattern_of(self, site: Site) -> Pattern | None:
+        """Which weights of a site become zero, None where none need to."""
+        return None
+
     def _fit(self, group: Group, site_of: dict[int, Site]) -> list[Coded]:
         """Codes of the linears of a group, which share an activation; those of one format are fitted together."""
-        together: dict[tuple[Format, Any], list[Linear]] = {}
+        together: dict[tuple[Format, Any, Pattern | None], list[Linear]] = {}
         for linear in group.linears:
             site = site_of[id(linear)]
-            together.setdefault((site.format, site.dtype.numpy()), []).append(linear)
+            together.setdefault((site.format, site.dtype.numpy(), self.pattern_of(site)), []).append(linear)
         moments, correction_KK = self.prepared(group)
         parts: dict[int, list[Coded]] = {id(linear): [] for linear in group.linears}
-        for (chosen, dtype), linears in together.items():
+        for (chosen, dtype, pattern), linears in together.items():
             for pieces in _batches(linears):
                 w_KN = np.concatenate([w_NK.T for _, w_NK in pieces], axis=1)
                 target_KN = w_KN if correction_KK is None else w_KN + correction_KK @ w_KN
-                steps_KN, grid = solve(target_KN, chosen, dtype, moments, rounds=self.rounds)
+                steps_KN, grid = solve(target_KN, chosen, dtype, moments, rounds=self.rounds, pattern=pattern)
                 start = 0
                 for linear, w_NK in pieces:
                     rows = slice(start, start + len(w_NK))
@@ -170,7 +175,13 @@ class Calibrated(WeightOnly):
 
 
 def solve(
-    target_KN: Floats, chosen: Format, dtype: np.dtype[Any], moments: least_squares.Moments, *, rounds: int
+    target_KN: Floats,
+    chosen: Format,
+    dtype: np.dtype[Any],
+    moments: least_squares.Moments,
+    *,
+    rounds: int,
+    pattern: Pattern | None = None,
 ) -> tuple[Floats, least_squares.Grid]:
     """Signed steps [K, N] and the grid they lie on, scales as they will be stored.
 
@@ -180,6 +191,7 @@ def solve(
         dtype: of the activation.
         moments: of it.
         rounds: of coordinate descent and refitted scales after the sweep.
+        pattern: of weights that become zero, if any.
     """
     grid = fit_grid(
         target_KN,
@@ -190,18 +202,18 @@ def solve(
     )
     unit = scale_unit(grid.scale_GN, chosen.bits, dtype, chosen.scale_bits)
     grid.scale_GN = stored_scale(grid.scale_GN, dtype, unit)
-    steps_KN = least_squares.sweep(target_KN, moments, grid)
+    steps_KN, keep_KN = least_squares.sparse_sweep(target_KN, moments, grid, pattern)
     for _ in range(rounds):
-        least_squares.descend(steps_KN, target_KN, moments, grid)
+        least_squares.descend(steps_KN, target_KN, moments, grid, keep_KN=keep_KN)
         grid.scale_GN = stored_scale(least_squares.refit(steps_KN, target_KN, moments, grid), dtype, unit)
     if rounds:
-        least_squares.descend(steps_KN, target_KN, moments, grid)
+        least_squares.descend(steps_KN, target_KN, moments, grid, keep_KN=keep_KN)
     return steps_KN, grid
 
 
 def identity(*others: ModuleType) -> str:
     """Of everything that may change a last bit, and with it a code: results of another state are not resumed."""
-    modules = (calibration, stats, scales, least_squares, _grids, _rounding, *others)
+    modules = (calibration, columns, stats, scales, zeros, least_squares, _grids, _rounding, *others)
     sources = [__file__, *(module.__file__ for module in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"

@@ -12,22 +12,22 @@ Axes: N out features, K in features, G = ceil(K / b) blocks of b columns
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxpress.compiler.errors import NumericalError
-from onnxpress.compiler.stats import damped
+from onnxpress.compiler import columns
+from onnxpress.compiler.columns import WIDTH, Keep
+from onnxpress.compiler.columns import Moments as Moments
+from onnxpress.compiler.columns import factor as factor
+from onnxpress.compiler.columns import quadratic as quadratic
+from onnxpress.compiler.zeros import Pattern
 
 Floats = npt.NDArray[Any]
 
-_DAMPINGS = (1.0, 10.0, 100.0, 1000.0)  # times the damping asked for, until H has a Cholesky factor
-# Columns that one product brings up to date with all before them; and among these, columns between which errors go
-# one by one. Wide products are quick, and rank-one updates wait for memory.
-_WIDTH, _NARROW = 32, 8
+_NARROW = 8  # columns between which errors go one by one
 
 
 @dataclass
@@ -64,118 +64,64 @@ class Grid:
         return spread
 
 
-class Moments:
-    """Second moments of an activation and what is derived from them, each once: every matrix that reads it needs them.
+def sweep(w_KN: Floats, moments: Moments, grid: Grid, *, width: int = WIDTH) -> Floats:
+    """GPTQ with columns in order of importance: `columns.sweep` onto a grid.
 
-    Attributes:
-        hessian_KK: H = E[x x^T], float64.
-        damping: added to the diagonal, relative to its mean.
-    """
-
-    def __init__(self, hessian_KK: Floats, damping: float) -> None:
-        """H must be symmetric."""
-        self.hessian_KK, self.damping = hessian_KK, damping
-
-    @functools.cached_property
-    def plain_KK(self) -> Floats:  # noqa: N802
-        """H, float32."""
-        result: Floats = self.hessian_KK.astype(np.float32)
-        return result
-
-    @functools.cached_property
-    def damped_KK(self) -> Floats:  # noqa: N802
-        """H with its damping, float32."""
-        result: Floats = damped(self.hessian_KK, self.damping).astype(np.float32)
-        return result
-
-    @functools.cached_property
-    def order_K(self) -> npt.NDArray[np.int64]:  # noqa: N802
-        """Columns, the largest second moment first."""
-        order: npt.NDArray[np.int64] = np.argsort(-self.hessian_KK.diagonal(), kind="stable")
-        return order
-
-    @functools.cached_property
-    def feedback_KK(self) -> Floats:  # noqa: N802
-        """[i, j]: the share of the error of the i-th column of `order_K` that the j-th makes up for, float32."""
-        order = self.order_K
-        r_KK = factor(self.hessian_KK[order[:, None], order], self.damping)
-        feedback: Floats = (r_KK / r_KK.diagonal()).astype(np.float32)
-        return feedback
-
-
-def factor(hessian_KK: Floats, damping: float) -> Floats:
-    """Upper triangular R with R R^T = H + damping, float64.
-
-    Raises:
-        NumericalError: H is not finite, or not positive semidefinite.
-    """
-    for times in _DAMPINGS:
-        try:
-            lower = np.linalg.cholesky(damped(hessian_KK, times * damping)[::-1, ::-1])
-        except np.linalg.LinAlgError:
-            continue
-        if np.isfinite(lower).all():
-            return lower[::-1, ::-1]
-    raise NumericalError("second moments of the activation are not positive semidefinite", hint="use more text")
-
-
-def sweep(w_KN: Floats, moments: Moments, grid: Grid, *, width: int = _WIDTH) -> Floats:
-    """GPTQ with columns in order of importance: each is rounded after the errors of those before are made up for.
-
-    The column that comes first is rounded as it is; every later one as w_j + sum_i (w_i - q_i) R_ij / R_jj, the form of
-    QuIP's LDLQ, which is equal to GPTQ's and needs no inverse. Blocks keep their scales (static groups), so the order
-    needs no index in the graph.
-
-    Paper: arXiv:2210.17323 (GPTQ), arXiv:2307.13304 (LDLQ, theorem 6: equal)
+    Blocks keep their scales (static groups), so the order needs no index in the graph.
 
     Args:
         w_KN: W, turned, float32.
         moments: of the activation.
         grid: scales and zero points.
-        width: columns between two products; does not change the result beyond rounding.
+        width: see `columns.sweep`.
 
     Returns:
         Signed steps (code - zero), float32 [K, N].
     """
-    order, feedback = moments.order_K, moments.feedback_KK
-    columns, rows = w_KN.shape
-    steps = np.empty((columns, rows), np.float32)
-    error = np.empty((columns, rows), np.float32)  # w - q, in the order of the sweep
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        target = w_KN[order[start:stop]]
-        if start:
-            target += feedback[:start, start:stop].T @ error[:start]
-        for first in range(start, stop, _NARROW):
-            end = min(first + _NARROW, stop)
-            if first > start:
-                target[first - start : end - start] += feedback[start:first, first:end].T @ error[start:first]
-            for j in range(first, end):
-                column = int(order[j])
-                q = grid.step(target[j - start], column)
-                steps[column] = q
-                e = error[j]
-                np.multiply(q, grid.scale_GN[column // grid.block_size], out=e)
-                np.subtract(w_KN[column], e, out=e)
-                if j + 1 < end:
-                    target[j + 1 - start : end - start] += feedback[j, j + 1 : end, None] * e
-    return steps
+    return sparse_sweep(w_KN, moments, grid, None, width=width)[0]
 
 
-def descend(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, width: int = _WIDTH) -> int:
+def sparse_sweep(
+    w_KN: Floats, moments: Moments, grid: Grid, pattern: Pattern | None, *, width: int = WIDTH
+) -> tuple[Floats, Keep | None]:
+    """`sweep` in which some weights become zero (SparseGPT): the others make up for them, and for their rounding.
+
+    Paper: arXiv:2301.00774, section 3.5
+
+    Returns:
+        Signed steps, and what stays, bool [K, N]; None without a pattern.
+    """
+    steps = np.empty(w_KN.shape, np.float32)
+
+    def place(target_N: Floats, column: int, placed_N: Floats) -> None:
+        q = grid.step(target_N, column)
+        steps[column] = q
+        np.multiply(q, grid.scale_GN[column // grid.block_size], out=placed_N)
+
+    if pattern is None:
+        return steps, columns.sweep(w_KN, moments, place, width=width)
+    zeros = pattern.in_sweep(len(w_KN))
+    return steps, columns.sweep(w_KN, moments, place, zeros=zeros, group=pattern.group, width=width)
+
+
+def descend(
+    steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, keep_KN: Keep | None = None, width: int = WIDTH
+) -> int:
     """One sweep of coordinate descent over the columns, in place: each gets the best codes given all others.
 
-    Never makes L larger, H being the damped one. Paper: arXiv:2309.01885 (QuantEase).
+    Never makes L larger, H being the damped one. Where `keep_KN` is False a weight stays 0.
+
+    Paper: arXiv:2309.01885 (QuantEase)
 
     Returns:
         How many codes changed.
     """
-    columns, rows = w_KN.shape
+    num_in, rows = w_KN.shape
     h = moments.damped_KK
-    error = steps_KN * grid.spread(grid.scale_GN, columns) - w_KN  # Q - W
+    error = steps_KN * grid.spread(grid.scale_GN, num_in) - w_KN  # Q - W
     changed = 0
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
+    for start in range(0, num_in, width):
+        stop = min(start + width, num_in)
         gradient = h[start:stop] @ error
         moves = np.zeros((stop - start, rows), np.float32)  # of the weights, from here on
         for first in range(start, stop, _NARROW):
@@ -189,6 +135,8 @@ def descend(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, wid
                 # Without column j the gradient is g - h_jj e; the best value of column j makes the whole zero.
                 old = steps_KN[j]
                 q = grid.step(old * scale - gradient[j - start] / h[j, j], j)
+                if keep_KN is not None:
+                    q *= keep_KN[j]
                 moved = moves[j - start]
                 np.subtract(q, old, out=moved)
                 moved *= scale
@@ -208,15 +156,15 @@ def refit(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, ridge
 
     H is the damped one, as in `descend`: together the two never make L larger.
     """
-    columns, rows = w_KN.shape
+    num_in, rows = w_KN.shape
     b, groups = grid.block_size, grid.scale_GN.shape[0]
     h = moments.damped_KK
     a = np.empty((groups, groups, rows), np.float32)  # symmetric in the groups
     rhs = np.empty((groups, rows), np.float32)
-    starts = np.arange(0, columns, b)
+    starts = np.arange(0, num_in, b)
     hw = h @ w_KN
     for g in range(groups):
-        part = slice(g * b, min((g + 1) * b, columns))
+        part = slice(g * b, min((g + 1) * b, num_in))
         later = slice(part.start, None)
         product = h[later, part] @ steps_KN[part]  # [K, N] without the columns of blocks before
         product *= steps_KN[later]
@@ -230,8 +178,3 @@ def refit(steps_KN: Floats, w_KN: Floats, moments: Moments, grid: Grid, *, ridge
     a_NGG[:, index, index] += weight
     right = rhs.T.astype(np.float64) + weight * grid.scale_GN.T
     return np.linalg.solve(a_NGG, right[..., None])[..., 0].T.astype(np.float32)
-
-
-def quadratic(x_KN: Floats, h_KK: Floats) -> float:
-    """tr[X^T H X], summed in float64; both float32. Rounding makes no negative number of one near 0."""
-    return max(float(np.einsum("kn,kn->", h_KK @ x_KN, x_KN, dtype=np.float64)), 0.0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context
+from onnxpress.compiler.zeros import Pattern
 from onnxpress.passes.pruning.magnitude import Magnitude, prune_rows
 from onnxpress.passes.quantization.rtn import Rtn
 
@@ -25,15 +26,15 @@ def test_laws(seed: int, columns: int, sparsity: float) -> None:
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((5, columns))
     w[0, : columns // 2] = w[0, 0]
-    pruned = prune_rows(w, sparsity)
+    pruned = prune_rows(w, Pattern(sparsity))
     zero = pruned == 0
     assert (zero.sum(axis=1) >= math.floor(sparsity * columns)).all()
     assert np.array_equal(pruned[~zero], w[~zero])
     for row, gone in zip(np.abs(w), zero, strict=True):
         assert not gone.any() or gone.all() or row[gone].max() <= row[~gone].min()
-    assert np.array_equal(prune_rows(pruned, sparsity), pruned)
+    assert np.array_equal(prune_rows(pruned, Pattern(sparsity)), pruned)
     order = rng.permutation(columns)
-    assert np.array_equal(prune_rows(w[1:, order], sparsity), pruned[1:, order])
+    assert np.array_equal(prune_rows(w[1:, order], Pattern(sparsity)), pruned[1:, order])
 
 
 def network(tied: bool) -> ir.Model:
