@@ -160,7 +160,7 @@ class _Reader:
         return reader
 
     def _read_grouped(self) -> None:
-        """GroupQueryAttention: q, k, v, cache, lengths, tables, position_ids, bias, sinks, scales of the cache, norms."""
+        """GroupQueryAttention: q, k, v, cache, lengths, tables, positions, bias, sinks, scales of the cache, norms."""
         for slot in (12, 13):
             if self.inputs[slot] is not None:
                 raise _RefusedError("its cache has fixed scales: comes before quantize_kv")
@@ -233,8 +233,17 @@ class _Reader:
 
     def _width(self, value: ir.Value | None) -> int:
         """W of an operand, from the product behind it where its shape does not say."""
-        width = value.shape[-1] if value is not None and value.shape is not None else None
-        if value is None or value.shape is None or len(value.shape) != 3 or not isinstance(width, int):
+        width: object = None
+        for _ in range(_FAR):
+            if value is None or (value.shape is not None and len(value.shape) != 3):
+                break
+            maker = self.by_output.get(id(value))
+            width = maker.num_out if maker is not None else value.shape[-1] if value.shape is not None else None
+            node = value.producer()
+            if isinstance(width, int) or node is None or node.op_type not in ("Add", "Cast", "Identity"):
+                break
+            value = next((one for one in node.inputs if _size(one) is None), None)
+        if not isinstance(width, int):
             raise _RefusedError("the width of its operands is not known")
         if width % self.heads:
             raise _RefusedError("the width of its operands does not fit its number of heads")
