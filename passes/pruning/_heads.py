@@ -476,9 +476,12 @@ def _entries(value: ir.Value | None) -> list[int | None] | None:
     for part in node.inputs:
         known = _entries(part) if part is not None and part.const_value is not None else None
         size = part.shape[0] if part is not None and part.shape is not None and len(part.shape) == 1 else None
-        if known is None and not isinstance(size, int):
+        if known is not None:
+            found += known
+        elif isinstance(size, int):
+            found += [None] * size
+        else:
             return None
-        found += known if known is not None else [None] * int(size)
     return found
 
 

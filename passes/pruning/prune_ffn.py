@@ -48,8 +48,8 @@ class PruneFfn(Structured):
 
     def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
         layers, reasons = all_inner_features(linears)
-        for name, reason in reasons.items():
-            report.skip(_layer(name), f"its channels are not its own: {reason}")
+        for name, met in reasons.items():
+            report.skip(_layer(name), f"its channels are not its own: {met}")
         names = [*map(_layer, reasons), *(_layer(one.reader.name) for one in layers)]
         is_excluded = self.excluded(names)
         found = []

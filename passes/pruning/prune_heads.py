@@ -53,8 +53,8 @@ class PruneHeads(Structured):
         unfused = [one for one in linears if one.kind == "o" and not is_attention(one.activation.producer())]
         is_excluded = self.excluded([*sites, *(_layer(one.name) for one in unfused)])
         for one in unfused:
-            reason = "excluded" if is_excluded(_layer(one.name)) else "its attention is not fused: fuse before"
-            report.skip(_layer(one.name), reason)
+            name = _layer(one.name)
+            report.skip(name, "excluded" if is_excluded(name) else "its attention is not fused: fuse before")
         found = []
         for name, node in zip(sites, nodes, strict=True):
             if is_excluded(name):
