@@ -40,6 +40,7 @@ class Cache:
     Attributes:
         num_layers: layers with a cache.
         num_heads, head_size: of one layer's cache [batch, num_heads, length, head_size]; None where symbolic.
+        is_even: every layer has as many heads.
         type: of its numbers, such as "float16"; "int4" where two of them are packed to a byte.
         past_key, past_value, present_key, present_value: name templates with `%d` for the layer.
         is_shareable: every cache is appended in place by an operator that allows past and present to be one buffer.
@@ -54,6 +55,7 @@ class Cache:
     present_key: str
     present_value: str
     is_shareable: bool
+    is_even: bool = True
 
 
 def find_cache(model: ir.Model) -> Cache | None:
@@ -64,7 +66,8 @@ def find_cache(model: ir.Model) -> Cache | None:
         return None
     num_layers, past_key, past_value = past
     _, present_key, present_value = present
-    first = next(value for value in model.graph.inputs if value.name == past_key % 0)
+    caches = [value for value in model.graph.inputs if "past" in (value.name or "")]
+    first = next(value for value in caches if value.name == past_key % 0)
     shape = first.shape
     dims = [dim if isinstance(dim, int) else None for dim in shape] if shape is not None and len(shape) == 4 else []
     return Cache(
@@ -77,7 +80,14 @@ def find_cache(model: ir.Model) -> Cache | None:
         present_key=present_key,
         present_value=present_value,
         is_shareable=all(_appends_in_place(value) for value in model.graph.outputs if "present" in (value.name or "")),
+        is_even=len(set(_head_counts(caches))) <= 1,
     )
+
+
+def _head_counts(caches: Iterable[ir.Value]) -> list[int]:
+    """Heads of the caches that tell them."""
+    shapes = [value.shape for value in caches if value.shape is not None and len(value.shape) == 4]
+    return [shape[1] for shape in shapes if isinstance(shape[1], int)]
 
 
 def settle_head_sizes(model: ir.Model, config: Mapping[str, Any]) -> None:
@@ -137,6 +147,8 @@ def genai_config(
     inputs = {value.name for value in model.graph.inputs}
     logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
     if cache is None or logits is None or "input_ids" not in inputs:
+        return None
+    if not cache.is_even:  # it makes the caches of all layers by one number of heads
         return None
     text = config.get("text_config") or config
     vocab = logits.shape[-1] if logits.shape is not None else None

@@ -5,6 +5,7 @@ Axes: N out features, K in features
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,18 @@ FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
 def is_coded(linear: Linear) -> bool:
     """Whether it is a MatMulNBits whose codes can be read."""
     return linear.holder == "MatMulNBits" and coded(linear.node) is not None
+
+
+def obstacle(linears: Sequence[Linear]) -> str | None:
+    """Why rows or columns cannot be taken out of matrices; None when they can."""
+    for linear in linears:
+        if linear.factors is not None:
+            return f"{linear.name} is a pair of low rank: comes before svd_llm"
+        if linear.num_sums:
+            return f"{linear.name} holds offsets of blocks: comes before quantizers"
+        if linear.holder not in FLOATS and not is_coded(linear):
+            return f"{linear.name} is stored by {linear.holder}: comes before quantizers"
+    return None
 
 
 def _level(node: ir.Node) -> int:

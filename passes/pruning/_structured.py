@@ -12,6 +12,7 @@ Axes:    N out features, K in features, G structures of U columns each
 from __future__ import annotations
 
 import abc
+import fnmatch
 import hashlib
 import math
 import sys
@@ -134,6 +135,23 @@ class Structured(Pass):
     @abc.abstractmethod
     def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
         """The layers that may be cut; others go to the report."""
+
+    def excluded(self, names: Sequence[str]) -> Callable[[str], bool]:
+        """Whether a layer is excluded.
+
+        Args:
+            names: of all layers.
+
+        Raises:
+            OptionError: a pattern matches none of them.
+        """
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise OptionError(
+                    f"{self.name()}: exclude={pattern!r} matches no layer",
+                    hint=f"they are called {', '.join(names[:3])}" if names else "this model has no such layers",
+                )
+        return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def finish(self, structures: Sequence[Structure], context: Context, report: Report) -> None:
         """Edits the config, once all layers are cut."""

@@ -10,7 +10,6 @@ Axes:    N out features, K in features, I channels
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,11 +17,10 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.inner_features import InnerFeatures, all_inner_features, choose_constant, inner_biases
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
-from onnxpress.passes.pruning._coded import FLOATS, Index, cut_rows, is_coded
+from onnxpress.passes.pruning._coded import Index, cut_rows, obstacle
 from onnxpress.passes.pruning._structured import Structure, Structured
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_dim", "d_ff", "hidden_dim")
@@ -50,22 +48,17 @@ class PruneFfn(Structured):
 
     def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
         layers, reasons = all_inner_features(linears)
-        for name, reason in reasons.items():
-            report.skip(_layer(name), f"its channels are not its own: {reason}")
+        for name, met in reasons.items():
+            report.skip(_layer(name), f"its channels are not its own: {met}")
         names = [*map(_layer, reasons), *(_layer(one.reader.name) for one in layers)]
-        for pattern in self.exclude:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise OptionError(
-                    f"{self.name()}: exclude={pattern!r} matches no layer",
-                    hint=f"they are called {', '.join(names[:3])}" if names else "this model has no such layers",
-                )
+        is_excluded = self.excluded(names)
         found = []
         for features in layers:
             name = _layer(features.reader.name)
             step = self.multiple or (64 if features.width >= 512 else 8)
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude):
+            if is_excluded(name):
                 report.skip(name, "excluded")
-            elif (reason := _obstacle(features)) is not None:
+            elif (reason := obstacle([features.reader, *features.makers])) is not None:
                 report.skip(name, reason)
             elif features.width <= step:
                 report.skip(name, f"has {features.width} channels, and keeps a multiple of {step}")
@@ -87,18 +80,6 @@ class PruneFfn(Structured):
 def _layer(name: str) -> str:
     """ "block3.ffn" for "block3.down"."""
     return name.removesuffix("down") + "ffn" if name.endswith("down") else f"{name}.ffn"
-
-
-def _obstacle(features: InnerFeatures) -> str | None:
-    """Why channels cannot be taken out of the matrices; None when they can."""
-    for linear in (features.reader, *features.makers):
-        if linear.factors is not None:
-            return f"{linear.name} is a pair of low rank: comes before svd_llm"
-        if linear.num_sums:
-            return f"{linear.name} holds offsets of blocks: comes before quantizers"
-        if linear.holder not in FLOATS and not is_coded(linear):
-            return f"{linear.name} is stored by {linear.holder}: comes before quantizers"
-    return None
 
 
 def _structure(name: str, features: InnerFeatures, step: int) -> Structure:
