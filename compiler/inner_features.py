@@ -222,7 +222,7 @@ def _checked(found: InnerFeatures) -> InnerFeatures | str:
     """The features if all rows of their makers are theirs, and nobody else reads a matrix."""
     for maker in found.makers:
         starts = sorted(part.start for part in found.parts if part.linear is maker)
-        if starts != list(range(0, maker.num_out, found.width)):
+        if starts != list(range(0, maker.num_out, found.width)) or maker.num_out != len(starts) * found.width:
             return f"{maker.name} makes something else too"
     for linear in (found.reader, *found.makers):
         if any(one.is_shared for one in linear.factors or (linear,)):

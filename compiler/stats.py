@@ -87,7 +87,7 @@ def damped(hessian_KK: Floats, damping: float) -> Floats:
     return result
 
 
-def shrunk(hessian_KK: Floats, count: int) -> Floats:
+def shrunk(hessian_KK: Floats, count: int) -> npt.NDArray[np.float64]:
     """H with its off-diagonals made smaller by the share that few tokens make up: 2 K / T, a half at most.
 
     What features seem to tell of each other is told too strongly by T tokens, and a fit that moves weights to others
@@ -99,9 +99,10 @@ def shrunk(hessian_KK: Floats, count: int) -> Floats:
             diagonal as target.
     """
     share = min(0.5, 2 * len(hessian_KK) / max(count, 1))
-    result = (1 - share) * hessian_KK
-    np.fill_diagonal(result, hessian_KK.diagonal())
-    return damped(result, 1e-6)
+    result = (1 - share) * hessian_KK.astype(np.float64)
+    # Features that are always 0 get next to nothing: what costs nothing is to go first.
+    np.fill_diagonal(result, hessian_KK.diagonal() + 1e-6 * (float(hessian_KK.diagonal().mean()) or 1.0))
+    return result
 
 
 def teacher_correction(hessian_KK: Floats, drift_KK: Floats, ridge: float) -> Floats:

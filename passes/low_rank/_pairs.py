@@ -116,7 +116,8 @@ def _product(
     """The nodes that make x W^T of two factors, with the widths of their outputs; the last gives the output."""
     x = linear.node.inputs[0]
     assert x is not None
-    (rows, rank), (_, columns) = ([int(size) for size in one.shape or ()] for one in (first, second))  # type: ignore[call-overload]
+    shapes = [one.const_value.shape.numpy() for one in (first, second) if one.const_value is not None]
+    (rows, rank), (_, columns) = shapes
     if pivots == "inputs":
         sizes = constant(graph, np.array([rank, rows], np.int64), f"split/{rank}x{rows}")
         cut = ir.Node("", "Split", [x, sizes], [ir.AttrInt64("axis", -1)], num_outputs=2, name=f"{name}/pivots")

@@ -13,6 +13,7 @@ Axes:    N out features, K in features, R rank, I inner features of a feed-forwa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -24,7 +25,7 @@ import scipy.linalg
 
 from onnxpress.compiler.inner_features import InnerFeatures, all_inner_features, choose_constant, inner_biases
 from onnxpress.compiler.linears import Linear, unique_name
-from onnxpress.passes.low_rank._pairs import Floats
+from onnxpress.passes.low_rank._pairs import Floats, Form
 
 Index = npt.NDArray[np.integer]
 _FLOATS = ("MatMul", "Gemm", "Transpose+MatMul")
@@ -132,8 +133,8 @@ def choose_order(width: int, up_RI: Floats | None, down_RI: Floats | None) -> In
         down_RI: the rows of down's first factor, turned.
     """
     every = np.arange(width)
-    last = every[:0] if up_RI is None else choose_pivots(up_RI, every, len(up_RI))
-    first = every[:0]
+    last: Index = every[:0] if up_RI is None else choose_pivots(up_RI, every, len(up_RI))
+    first: Index = every[:0]
     if down_RI is not None:
         free = np.setdiff1d(every, last)
         rank = len(down_RI)
@@ -152,7 +153,7 @@ def choose_order(width: int, up_RI: Floats | None, down_RI: Floats | None) -> In
 
 def reorder(
     layer: Layer, results: dict[int, tuple[Floats, ...]], keep: Callable[[Floats], Floats]
-) -> dict[int, tuple[Floats, ...]]:
+) -> dict[int, tuple[tuple[Floats, ...], Form]]:
     """Puts the features of a layer in an order that pairs can have pivots in, and gives these pairs.
 
     Args:
@@ -161,8 +162,8 @@ def reorder(
         keep: gets each array of the new results, and gives what is to be kept of it.
 
     Returns:
-        The results of all linears of the layer that have one: pivoted factors, or what they had in the new order; none
-        where no end has factors, and nothing changes.
+        The results of all linears of the layer that have one, and their form: pivoted factors, or what they had in the
+        new order, also where pivots would lose what factors have. None where no end has factors: nothing changes.
     """
     features, maker, reader = layer.features, layer.maker, layer.features.reader
     up, down = (results.get(id(one.output), ()) for one in (maker, reader))
@@ -173,7 +174,7 @@ def reorder(
         np.asarray(up[1], np.float64)[:, -features.width :] if len(up) == 2 else None,
         np.asarray(down[0], np.float64).T if len(down) == 2 else None,
     )
-    found: dict[int, tuple[Floats, ...]] = {}
+    found: dict[int, tuple[tuple[Floats, ...], Form]] = {}
     for linear in (*features.makers, reader):
         result = results.get(id(linear.output), ())
         is_reader = linear is reader
@@ -187,11 +188,28 @@ def reorder(
             ordered = (np.asarray(result[0])[index], *result[1:])
         else:
             ordered = (*result[:-1], np.asarray(result[-1])[:, index])
+        form: Form = ""
         if len(ordered) == 2 and (is_reader or linear is maker):
-            ordered = pivoted_inputs(*ordered) if is_reader else pivoted_outputs(*ordered)
-        found[id(linear.output)] = tuple(keep(np.ascontiguousarray(one, result[0].dtype)) for one in ordered)
+            pivoted = pivoted_inputs(*ordered) if is_reader else pivoted_outputs(*ordered)
+            pivoted = tuple(np.asarray(one, result[0].dtype) for one in pivoted)  # type: ignore[assignment]
+            if _is_same(*ordered, *pivoted, is_reader=is_reader):
+                ordered, form = pivoted, "inputs" if is_reader else "outputs"
+        found[id(linear.output)] = tuple(keep(np.ascontiguousarray(one, result[0].dtype)) for one in ordered), form
     features.choose_vectors(order)
     return found
+
+
+def _is_same(first_KR: Floats, second_RN: Floats, a: Floats, b: Floats, *, is_reader: bool) -> bool:
+    """Whether pivoted factors, as they are stored, give the product of plain ones up to what the type rounds.
+
+    They do not where pivots must come from a part of the features that does not tell the others.
+    """
+    want = np.asarray(first_KR, np.float32) @ np.asarray(second_RN, np.float32)
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    found = np.concatenate([b, a @ b]) if is_reader else np.concatenate([a @ b, a], axis=1)
+    rounding = max(np.finfo(one).eps for one in (first_KR.dtype, np.float32))
+    allowed = 0.1 * math.sqrt(rounding) * float(np.linalg.norm(want))
+    return bool(np.linalg.norm(found - want) <= allowed)
 
 
 def _reorder_weight(linear: Linear, index: Index, axis: int) -> None:

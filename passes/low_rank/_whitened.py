@@ -195,7 +195,7 @@ class Whitened(Pass):
             self._put(model.graph, site, report, is_kl=is_kl)
         self._sum_up(sites, report)
         if moved:
-            report.notes.append(f"{moved} feed-forward layers have their features in another order, pivots at the ends")
+            report.notes.append(f"{moved} feed-forward layers have their features, in all matrices, in another order")
         if is_kl:
             report.metrics["expected_kl"] = sum(site.expected for site in sites)
         return report
@@ -392,7 +392,7 @@ class Whitened(Pass):
                 site.name,
                 **facts,
                 rank=site.rank,
-                parameters_after=site.size(site.rank or 0),
+                parameters_after=sum(one.size for one in result),
                 output_error=site.output_error,
                 **({"pivots": site.pivots} if site.pivots else {}),
                 **({"expected_kl": site.expected} if is_kl else {}),
@@ -451,10 +451,9 @@ def _pivot(layers: Sequence[Layer], sites: Sequence[_Site], folder: Path | None)
         results = {key: site_of[key].result for key in layer.keys if key in site_of}
         reordered = reorder(layer, results, lambda array: _on_disk(array, folder))
         moved += bool(reordered)
-        for key, result in reordered.items():
+        for key, (result, form) in reordered.items():
             site = site_of[key]
-            site.result = result
-            site.pivots = site.place.form if site.place is not None and len(result) == 2 else ""
+            site.result, site.pivots = result, form
     return moved
 
 

@@ -168,6 +168,7 @@ class Structured(Pass):
                 f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
                 hint="use --target cuda (float16)",
             )
+        besides = sizes.bytes_besides(model, []) - sum(one.total * one.nbytes for one in found)
         for one in found:
             one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
         ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
@@ -177,7 +178,7 @@ class Structured(Pass):
                 one.count = one.nearest(self.ratio or 0.0)
         else:
             found = self._price(model, found, windows, context, report)
-            self._allocate(model, found)
+            self._allocate(found, besides)
         results = self._fit(model, linears, found, windows, context, report)
         is_kl = "KL divergence" in report.calibration.get("costs", "")
         for one in found:
@@ -234,6 +235,8 @@ class Structured(Pass):
                     one.losses, one.cost = record[f"{index}.losses"], float(record[f"{index}.cost"])
         for one in found:
             if not one.losses.size:
+                if one.codes is not None:
+                    to_codes(one.reader, one.codes.matrix, one.codes.level)
                 report.skip(one.name, "its weights or its activation are not finite on the calibration text")
         return [one for one in found if one.losses.size]
 
@@ -255,8 +258,8 @@ class Structured(Pass):
                 cost = (lost if np.isfinite(lost) else _RUINED) / max(losses[-1], _LEAST)
         return np.array(losses), cost
 
-    def _allocate(self, model: ir.Model, found: list[Structure]) -> None:
-        """Gives every layer its count."""
+    def _allocate(self, found: list[Structure], besides: float) -> None:
+        """Gives every layer its count; `besides` are bytes of everything else."""
         options = [
             [
                 Option(one.cost * float(loss), round(count * one.nbytes))
@@ -266,7 +269,6 @@ class Structured(Pass):
         ]
         whole = sum(some[0].nbytes for some in options)
         least = sum(some[-1].nbytes for some in options)
-        besides = 0.0
         if self.kl is not None:
             chosen = allocate_within(options, self.kl)
             if chosen is None or not any(chosen):
@@ -278,7 +280,6 @@ class Structured(Pass):
         else:
             budget = (1 - (self.ratio or 0.0)) * whole
             if self.size is not None:
-                besides = sizes.bytes_besides(model, []) - whole
                 budget = (sizes.read(self.size) or 0) - besides
             chosen = allocate(options, budget)
             if chosen is None:
@@ -324,7 +325,7 @@ class Structured(Pass):
                     if f"{index}.w" not in record:
                         continue
                     w_NK, one = record[f"{index}.w"], of_reader.get(id(linear))
-                    if one is not None:
+                    if one is not None and one.count < one.total:
                         one.kept, one.error = record[f"{index}.kept"], float(record[f"{index}.error"])
                         seen_NK = w_NK if one.codes is None else one.codes.nearest(w_NK).w_NK()
                         group.replace(linear, _spread(seen_NK, one))
@@ -345,13 +346,15 @@ class Structured(Pass):
             correction_KK = teacher_correction(seen.hessian_KK, drift_KK, self.ridge * seen.scarcity)
         for index, linear in enumerate(group.linears):
             one = of_reader.get(id(linear))
-            if correction_KK is None if one is None else one.count == one.total and one.codes is not None:
+            stays = one is None or one.count == one.total
+            # A matrix that stays whole makes up for others, if that is wanted and it can be told any weights.
+            if stays and (correction_KK is None or not self.refit or (one is not None and one.codes is not None)):
                 continue
             w_NK = linear.w_NK()
             target_NK = w_NK if correction_KK is None else w_NK + w_NK @ correction_KK.T
             if not (np.isfinite(target_NK).all() and np.isfinite(seen.gram_KK).all()):
                 continue
-            if one is None:
+            if one is None or one.count == one.total:
                 record[f"{index}.w"] = np.asarray(target_NK, np.float32)
                 continue
             hessian_KK = shrunk(seen.hessian_KK, seen.count)

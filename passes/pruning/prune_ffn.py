@@ -71,10 +71,11 @@ class PruneFfn(Structured):
         before = {one.total for one in structures}
         if widths == before:
             return
-        if len(widths) == 1 and len(before) == 1:
-            _set_width(context.config, before.pop(), widths.pop())
-        else:
+        stays = any(skip.site.endswith("ffn") for skip in report.skipped)
+        if len(widths) > 1 or len(before) > 1 or stays:
             report.notes.append("layers have different widths: the config says the one they had")
+        elif not _set_width(context.config, before.pop(), widths.pop()):
+            report.notes.append("the config names no width of these layers that could follow")
 
 
 def _layer(name: str) -> str:
@@ -99,8 +100,15 @@ def _structure(name: str, features: InnerFeatures, step: int) -> Structure:
     return Structure(name, reader, 1, features.width, step, numbers, stored / features.width, cut)
 
 
-def _set_width(config: dict[str, Any], before: int, after: int) -> None:
-    for part in (config, *(one for one in config.values() if isinstance(one, dict))):
+def _set_width(config: dict[str, Any], before: int, after: int) -> bool:
+    """Whether the config, or its part about text, had the width, and has the new one now."""
+    done = False
+    parts: list[dict[str, Any]] = [config]
+    if isinstance(config.get("text_config"), dict):
+        parts.append(config["text_config"])
+    for part in parts:
         for key in _WIDTHS:
-            if part.get(key) == before:
-                part[key] = after
+            # GPT-2 writes none for four times the width of the stream.
+            if part.get(key) == before or (key in part and part[key] is None and 4 * part.get("n_embd", 0) == before):
+                part[key], done = after, True
+    return done

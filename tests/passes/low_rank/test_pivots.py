@@ -22,7 +22,7 @@ from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.lora_graph import refuse_transformed
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.low_rank import _whitened
-from onnxpress.passes.low_rank._pivots import choose_order, pivoted_inputs, pivoted_outputs
+from onnxpress.passes.low_rank._pivots import _is_same, choose_order, pivoted_inputs, pivoted_outputs
 
 Array = np.ndarray
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -171,3 +171,16 @@ def test_without_freedom_pairs_are_plain() -> None:
         "block1.up": "outputs",
         "block1.down": "inputs",
     }
+
+
+def test_where_pivots_would_lose_something_pairs_stay_plain() -> None:
+    """Rows of gate and up in one matrix, of which those of up tell little: pivots are looked for among them alone."""
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((32, 16)), rng.standard_normal((16, 64))
+    second[:, 32:] = rng.standard_normal((16, 4)) @ rng.standard_normal((4, 32))
+    pivoted = pivoted_outputs(first, second)
+    assert not _is_same(first, second, *pivoted, is_reader=False)
+    fine = second[:, choose_order(64, second, None)]
+    assert _is_same(first, fine, *pivoted_outputs(first, fine), is_reader=False)
+    turned = first[choose_order(32, None, first.T)]
+    assert _is_same(turned, second, *pivoted_inputs(turned, second), is_reader=True)

@@ -294,3 +294,80 @@ def test_what_is_no_layer_of_its_own_is_reported(tiny_export: Callable[..., Path
     again = run(model, f"prune_ffn(ratio=0.25, {TEXT})")
     assert not again.modified
     assert "pair of low rank" in {skip.site: skip.reason for skip in again.skipped}["block1.ffn"]
+
+
+def test_channels_that_are_never_on_go_first_and_cost_nothing() -> None:
+    model = decoder()
+    up = next(one for one in find_linears(model) if one.name == "block0.up")
+    w_NK = up.w_NK().copy()
+    w_NK[::4] = 0
+    up.set_weight(lambda: w_NK, "off")
+    want = graphs.logits(model)
+    run(model, f"prune_ffn(ratio=0.25, allocation='uniform', exclude=('block1.*',), refit=False, {TEXT})")
+    left = next(one for one in find_linears(model) if one.name == "block0.up").w_NK()
+    assert np.abs(left).sum(axis=1).min() > 0
+    np.testing.assert_allclose(graphs.logits(model), want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_size_of_a_quantized_model_counts_its_codes(tmp_path: Path) -> None:
+    model = decoder(layers=4)
+    run(model, "rtn(bits=4, block_size=16)")
+    write_graph(model, tmp_path, pipeline="", max_in_flight_bytes=1 << 20)
+    nbytes = sum(one.stat().st_size for one in tmp_path.iterdir())
+    report = run(model, f"prune_ffn(size='{nbytes * 97 // 100000}kB', {TEXT})")
+    assert 0 < 1 - report.metrics["parameters_after"] / report.metrics["parameters_before"] < 0.6
+
+
+def test_codes_come_back_where_a_layer_is_left_out() -> None:
+    model = decoder(layers=3)
+    run(model, "rtn(bits=8, block_size=16)")
+    broken = next(one for one in find_linears(model) if one.name == "block2.down")
+    scale = broken.weights[1].const_value.numpy().copy()  # type: ignore[union-attr]
+    scale[0, 0] = np.nan
+    broken.weights[1].const_value = ir.tensor(scale, name=broken.weights[1].name)
+    report = run(model, f"prune_ffn(ratio=0.3, allocation='loss', {TEXT})")
+    assert "block0.ffn" in report.changed
+    assert {one.holder for one in find_linears(model) if one.kind == "down"} == {"MatMulNBits"}
+
+
+@pytest.mark.parametrize("option", ["teacher=False", "refit=False"])
+def test_layers_that_stay_whole_keep_their_weights_unless_they_may_change(option: str) -> None:
+    model = decoder(layers=3)
+    old = {one.name: one.w_NK().copy() for one in find_linears(model)}
+    report = run(model, f"prune_ffn(ratio=0.05, {option}, {TEXT})")
+    whole = [skip.site.removesuffix("ffn") + "down" for skip in report.skipped]
+    assert whole
+    new = {one.name: one.w_NK() for one in find_linears(model)}
+    for name in whole:
+        assert np.array_equal(old[name], new[name])
+    assert not any("make up for" in note for note in report.notes)
+
+
+def test_a_config_says_no_width_that_some_layers_lack() -> None:
+    config = {"intermediate_size": 64, "vision_config": {"intermediate_size": 64}}
+    report = run(
+        decoder(layers=3), f"prune_ffn(ratio=0.5, allocation='uniform', exclude=('block0.*',), {TEXT})", config=config
+    )
+    assert config == {"intermediate_size": 64, "vision_config": {"intermediate_size": 64}}
+    assert any("different widths" in note for note in report.notes)
+    gpt2: dict[str, Any] = {"n_embd": 16, "n_inner": None}
+    run(decoder(), f"prune_ffn(ratio=0.5, allocation='uniform', {TEXT})", config=gpt2)
+    assert gpt2 == {"n_embd": 16, "n_inner": 32}
+
+
+def test_a_factor_for_all_channels_is_no_maker_of_them() -> None:
+    """A product with one number a token before the reader: broadcast, not a channel each."""
+    model = decoder()
+    nodes = {node.name: node for node in model.graph}
+    weight = ir.Value(name="scalar.weight", const_value=ir.tensor(np.ones((32, 1), np.float32), name="scalar.weight"))
+    weight.shape, weight.type = ir.Shape([32, 1]), ir.TensorType(ir.DataType.FLOAT)
+    model.graph.register_initializer(weight)
+    scalar = ir.Node("", "MatMul", [nodes["l0.up"].inputs[0], weight], name="scalar")
+    product = ir.Node("", "Mul", [nodes["l0.tanh"].outputs[0], scalar.outputs[0]], name="scaled")
+    for node in (scalar, product):
+        node.outputs[0].name, node.outputs[0].dtype = node.name, ir.DataType.FLOAT
+    model.graph.insert_before(nodes["l0.down"], [scalar, product])
+    nodes["l0.down"].replace_input_with(0, product.outputs[0])
+    report = run(model, f"prune_ffn(ratio=0.25, allocation='uniform', {TEXT})")
+    assert "makes something else too" in {skip.site: skip.reason for skip in report.skipped}["block0.ffn"]
+    graphs.logits(model)
