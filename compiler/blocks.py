@@ -229,7 +229,7 @@ def _group(
     *,
     apart: bool,
 ) -> list[Block]:
-    attends = [any(node.op_type in _ATTENTION for node in segment) for segment in segments]
+    attends = [any(attends_in(node) for node in segment) for segment in segments]
     groups: list[list[int]] = []
     for number, seen in enumerate(attends):
         if apart or seen or not any(attends) or not groups:
@@ -250,6 +250,16 @@ def _group(
             )
         )
     return blocks
+
+
+def attends_in(node: ir.Node) -> bool:
+    """Whether tokens see each other in the node; the probabilities of a router are not those of attention."""
+    if node.op_type != "Softmax":
+        return node.op_type in _ATTENTION
+    before = [value.producer() for value in node.inputs[:1] if value is not None]
+    behind = [reader for value in node.outputs for reader in value.consumers()]
+    behind += [reader for one in behind if one.op_type == "Cast" for reader in one.outputs[0].consumers()]
+    return all(one is None or one.op_type != "TopK" for one in (*before, *behind))
 
 
 def _stream_into(join: ir.Node, source: ir.Node) -> ir.Value:

@@ -14,12 +14,11 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxpress.compiler.blocks import Block, find_blocks
+from onnxpress.compiler.blocks import Block, attends_in, find_blocks
 from onnxpress.compiler.errors import PreconditionError
 from onnxpress.compiler.pass_ import Report
 
 _SHAPE_ONLY = ("Shape", "Size")
-_ATTENTION = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
 # Norms by operator: index of gamma and beta among the inputs, index of the output that carries the sum.
 NORMS: dict[str, tuple[int, int | None, int | None]] = {
     "SimplifiedLayerNormalization": (1, None, None),
@@ -100,7 +99,7 @@ def _side_by_side(block: Block, number: int) -> list[Part]:
     inside = {id(node) for node in block.nodes}
     terms = [value for value in inner.inputs if value is not None and value.producer() is not None]
     behind = [_behind(value, inside) for value in terms]
-    attend = [any(node.op_type in _ATTENTION for node in nodes.values()) for nodes in behind]
+    attend = [any(attends_in(node) for node in nodes.values()) for nodes in behind]
     if sorted(attend) != [False, True] or id(terms[0].producer()) not in inside:
         return []
     parts = []

@@ -4,8 +4,8 @@ The only pruning that makes every phase faster, and the least accurate per param
 
 Paper:   greedy removal by its measured cost, SLEB, arXiv:2402.09025; compensation, ReplaceMe, arXiv:2505.02819; block
          influence, and which blocks to protect, Men et al., arXiv:2403.03853.
-Differs: a cost is the KL divergence from the whole model; a part that cost more before than the best one does now is
-         not measured again. What differs in the compensation stands in `_refit`.
+Differs: a cost is the KL divergence from the whole model; a part that cost far more before than the best one does now
+         is not measured again. What differs in the compensation stands in `_refit`.
 Axes:    B batch, S tokens, H width of the stream
 """
 
@@ -46,6 +46,9 @@ from onnxpress.passes.pruning._parts import Part, drop, edit_config, exits, find
 
 _FIRST, _LAST = 2, 1  # blocks at the ends that are never chosen: without them a model stops making sense
 _RANDOM_TOKENS = 64  # in a window where there is no text
+# Of what a part costs more than what is gone: it mostly grows as parts go (lazy greedy, Minoux 1978), and falls where
+# they did the same. A part of which it would have to fall below this to be the next is not measured again.
+_LASTING = 0.8
 _RUINED = 1e6  # cost of a part without which the outputs are not finite
 
 
@@ -267,31 +270,31 @@ class DropBlocks(Pass):
             self.name(), "costs", str(self), context.target.name, _identity(), study.digest
         )
         plan = _Plan([])
-        costs = dict.fromkeys(free, 0.0)
+        more_of = dict.fromkeys(free, 0.0)  # what a part cost more than what was gone by then
+        cost = 0.0
         gone: dict[int, ir.Value] = {}
         for step in range(self.count or 0):
             label = f"drop_blocks: {step + 1} of {self.count}"
             best = (math.inf, -1)
-            for index in context.track(sorted(costs, key=lambda one: costs[one]), label):
-                if costs[index] >= best[0]:
-                    continue  # lazy greedy (Minoux 1978): a part rarely costs less once others are gone
+            for index in context.track(sorted(more_of, key=lambda one: more_of[one]), label):
+                if cost + _LASTING * more_of[index] >= best[0]:
+                    continue
                 record = section.read(f"{step}-{index}", repr(plan.removed))
                 if record is None:
-                    more = network.bypasses([*plan.removed, index])
-                    cost = sensitivity.distance(
-                        {}, {key: stay for key, stay in more.items() if gone.get(key) is not stay}
-                    )
-                    record = {"cost": np.array(cost if math.isfinite(cost) else _RUINED)}
+                    whole = network.bypasses([*plan.removed, index])
+                    new = {key: stay for key, stay in whole.items() if gone.get(key) is not stay}
+                    found = sensitivity.distance({}, new)
+                    record = {"cost": np.array(found if math.isfinite(found) else _RUINED)}
                     section.write(f"{step}-{index}", repr(plan.removed), record)
-                costs[index] = float(record["cost"])
-                best = min(best, (costs[index], index))
+                more_of[index] = float(record["cost"]) - cost
+                best = min(best, (float(record["cost"]), index))
             cost, index = best
-            del costs[index]
+            del more_of[index]
             plan.removed.append(index)
             plan.facts[index] = {"cost": cost, "step": step}
-            more = network.bypasses(plan.removed)
-            sensitivity.bypass({key: stay for key, stay in more.items() if gone.get(key) is not stay})
-            gone = more
+            whole = network.bypasses(plan.removed)
+            sensitivity.bypass({key: stay for key, stay in whole.items() if gone.get(key) is not stay})
+            gone = whole
         steps = ", ".join(f"{parts[index].name} {plan.facts[index]['cost']:.3g}" for index in plan.removed)
         report.notes.append(f"in order, with the {sensitivity.measure} up to there: {steps}")
         return plan

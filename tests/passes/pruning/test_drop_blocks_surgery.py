@@ -1,4 +1,4 @@
-"""DropBlocks: every kind of network without a part equals the same surgery in torch; caches, config and shapes follow."""
+"""DropBlocks: every kind of network without a part equals the same surgery in torch; caches, config, shapes follow."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 def _blocks(model: Any) -> Any:
     base = model.base_model
-    base = getattr(base, "transformer", base)
+    base = next((one for one in (getattr(base, name, None) for name in ("encoder", "model")) if one is not None), base)
     return base, next(name for name in ("layers", "h", "layer") if hasattr(base, name))
 
 
