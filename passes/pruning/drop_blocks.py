@@ -221,6 +221,8 @@ class DropBlocks(Pass):
             if is_fitting:
                 ids_WS, report.calibration = text.windows(self.tokens + self.length, self.length)
                 windows = [*feeds(graph, ids_WS)]
+                if len(windows) == 1:
+                    report.notes.append("there is one window of text only: losses are measured on what was fitted")
                 windows = windows[1:] or windows
             elif text.is_text:
                 ids_WS, report.calibration = text.windows(self.probe, self.probe)

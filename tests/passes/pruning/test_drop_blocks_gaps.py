@@ -266,6 +266,14 @@ def test_the_turn_of_the_stream_chooses_too() -> None:
     assert len(row["influences"]) == 6
 
 
+def test_a_model_of_images_is_measured_on_random_inputs(tiny_export: Callable[..., Path]) -> None:
+    model = ir.load(find_graph(tiny_export("vit", "optimum", num_layers=5)))
+    report = DropBlocks(count=1).run(model, Context(config={"image_size": 32, "num_channels": 3}))
+    assert report.metrics["kl"] > 0  # of the classes
+    assert report.calibration["text"].startswith("random inputs")
+    assert sum(name.startswith("block") for name in report.changed) == 1
+
+
 class Killed(BaseException):
     pass
 
