@@ -46,8 +46,12 @@ class Block:
     has_attention: bool
 
 
-def find_blocks(model: ir.Model) -> list[Block]:
+def find_blocks(model: ir.Model, *, apart: bool = False) -> list[Block]:
     """The blocks of `model`, [] when it has no residual structure. The model is not changed.
+
+    Args:
+        model: any ONNX model.
+        apart: each sublayer, attention or feed-forward, as a block of its own, where the stream runs between them.
 
     Cost: one pass over the nodes, each edge climbing the dominator tree at most once around a block.
     """
@@ -60,7 +64,7 @@ def find_blocks(model: ir.Model) -> list[Block]:
     if not residuals:
         return []
     segments = _segments(order, parents, chain, residuals)
-    return _group(segments, order, parents, residuals)
+    return _group(segments, order, parents, residuals, apart=apart)
 
 
 _ROOT = 0
@@ -218,12 +222,17 @@ def _segments(
 
 
 def _group(
-    segments: list[list[ir.Node]], order: dict[int, ir.Node], parents: dict[int, int], residuals: list[int]
+    segments: list[list[ir.Node]],
+    order: dict[int, ir.Node],
+    parents: dict[int, int],
+    residuals: list[int],
+    *,
+    apart: bool,
 ) -> list[Block]:
-    attends = [any(node.op_type in _ATTENTION for node in segment) for segment in segments]
+    attends = [any(attends_in(node) for node in segment) for segment in segments]
     groups: list[list[int]] = []
     for number, seen in enumerate(attends):
-        if seen or not any(attends) or not groups:
+        if apart or seen or not any(attends) or not groups:
             groups.append([number])
         else:
             groups[-1].append(number)
@@ -241,6 +250,16 @@ def _group(
             )
         )
     return blocks
+
+
+def attends_in(node: ir.Node) -> bool:
+    """Whether tokens see each other in the node; the probabilities of a router are not those of attention."""
+    if node.op_type != "Softmax":
+        return node.op_type in _ATTENTION
+    before = [value.producer() for value in node.inputs[:1] if value is not None]
+    behind = [reader for value in node.outputs for reader in value.consumers()]
+    behind += [reader for one in behind if one.op_type == "Cast" for reader in one.outputs[0].consumers()]
+    return all(one is None or one.op_type != "TopK" for one in (*before, *behind))
 
 
 def _stream_into(join: ir.Node, source: ir.Node) -> ir.Value:

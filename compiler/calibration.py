@@ -20,7 +20,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,13 +191,60 @@ class Calibration:
         self._streams.drop(stage.dying)
         return found
 
-    def _advance(self, stage: Stage) -> Iterator[int]:
+    def teacher(self, stage: Stage) -> list[Array]:
+        """Runs the next of `stages` in the model as it came only, and gives what its end is in each window.
+
+        In the compressed model the stage's values are the same until `assign` gives others. The arrays lie in a file.
+
+        Raises:
+            StreamingError: this part of the graph does not run on these windows.
+        """
+        advance = self._advance(stage, only_teacher=True)
+        found = [self._streams.read(stage.end, number, compressed=False) for number in advance]
+        self._streams.drop(stage.dying)
+        return found
+
+    def both(self, stage: Stage) -> tuple[list[Array], list[Array]]:
+        """Runs the next of `stages`, and gives what its end is in each window: in the model as it came, compressed.
+
+        The arrays lie in files, which last as long as they do.
+
+        Raises:
+            StreamingError: this part of the graph does not run on these windows.
+        """
+        found: tuple[list[Array], list[Array]] = ([], [])
+        for number in self._advance(stage):
+            for compressed, arrays in enumerate(found):
+                arrays.append(self._streams.read(stage.end, number, compressed=bool(compressed)))
+        self._streams.drop(stage.dying)
+        return found
+
+    def assign(self, value: ir.Value, arrays: Iterable[Array]) -> list[Array]:
+        """From now on `value`, the end of the stage that was run last, is this in the compressed model.
+
+        Args:
+            value: which later stages read; nothing happens to one that none reads.
+            arrays: one for each window.
+
+        Returns:
+            The same arrays, in a file.
+        """
+        digest = hashlib.sha256(self._digest.encode())
+        self._streams.forget(value)
+        (sink,) = self._streams.create([value], compressed=True).stored
+        for array in arrays:
+            sink.append(array)
+            _add(digest, array)
+        self._digest, self._prepared = digest.hexdigest(), None
+        return [self._streams.read(value, number, compressed=True) for number in range(self._num_windows)]
+
+    def _advance(self, stage: Stage, *, only_teacher: bool = False) -> Iterator[int]:
         """Runs the next of `stages`; yields the number of each window once it is through."""
         streams = self._streams
         plain = [_array(value) for value in stage.weights]
         weights = [plain]
         changed = any(id(value) in self._replacements for value in stage.weights)
-        if changed or any(streams.differ(value) for value in stage.inputs):
+        if not only_teacher and (changed or any(streams.differ(value) for value in stage.inputs)):
             replaced = [self._replacements.get(id(value)) for value in stage.weights]
             weights.append([old if new is None else new for old, new in zip(plain, replaced, strict=True)])
         sinks = [streams.create(stage.outputs, compressed=bool(which)) for which in range(len(weights))]
@@ -243,6 +290,11 @@ class _Streams:
 
     def dtype(self, value: ir.Value) -> ir.DataType:
         return ir.DataType.from_numpy(self.read(value, 0, compressed=False).dtype)
+
+    def forget(self, value: ir.Value) -> None:
+        """Lets what the compressed model gave be that of the teacher again."""
+        if stored := self._stored.pop((id(value), True), None):
+            stored.remove()
 
     def drop(self, values: Sequence[ir.Value]) -> None:
         for value in values:

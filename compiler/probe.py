@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxpress.compiler.threads import session_threads
@@ -179,6 +181,19 @@ class Probe:
         if all(past in by_name for past in pasts):
             return {past: outputs[by_name[past]] for past in pasts}
         return {past: outputs[present] for past, present in zip(pasts, presents, strict=True)}
+
+
+def random_inputs(graph: ir.Graph, seed: int, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Inputs of a graph as `Probe.random_feeds` gives them, without a session."""
+    found = {}
+    for value in graph.inputs:
+        if value.name in graph.initializers:
+            continue
+        dims = [] if value.shape is None else [one if isinstance(one, int) else str(one) for one in value.shape]
+        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        known = next((name for name, one in _TYPES.items() if np.dtype(one) == dtype), str(dtype))
+        found[str(value.name)] = _random(str(value.name), SimpleNamespace(shape=dims, type=known), seed, sizes)
+    return found
 
 
 def image_sizes(config: Mapping[str, Any]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,23 @@ class Sensitivity:
         measure: "KL divergence" or "squared output error".
     """
 
-    def __init__(self, model: ir.Model, window: Feeds, linears: Sequence[Linear]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        window: Feeds,
+        linears: Sequence[Linear],
+        *,
+        ends: Sequence[ir.Value] = (),
+        positions: int = _POSITIONS,
+    ) -> None:
         """Runs the model once.
 
         Args:
             model: not to be changed while this is in use.
             window: inputs of the model by name.
             linears: those of which weights will change.
+            ends: values that will be bypassed, or read in their place.
+            positions: at which next-token distributions are compared at most.
 
         Raises:
             CalibrationError: the model does not run on this window, or not to finite outputs.
@@ -52,7 +63,8 @@ class Sensitivity:
         last = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
         self.measure = "KL divergence" if last.name == "logits" else "squared output error"
         self._last = last
-        self._stages = divide(model, linears, [last])
+        self._stages = divide(model, linears, [last, *ends])
+        self._bypasses: dict[int, ir.Value] = {}
         self._sessions: list[ort.InferenceSession | None] = []
         self._values: dict[int, Array] = {}
         shared: dict[bytes, ort.InferenceSession] = {}
@@ -65,7 +77,7 @@ class Sensitivity:
         output = self._values[id(last)]
         if not np.isfinite(output).all():
             raise CalibrationError("the model's outputs are not finite on the calibration text", hint="try other text")
-        self._step = max(1, -(-output.size // output.shape[-1] // _POSITIONS))
+        self._step = max(1, -(-output.size // output.shape[-1] // positions))
         self._reference = self._outcome(output)
 
     @classmethod
@@ -88,19 +100,31 @@ class Sensitivity:
                 error.hint = "does the model take fewer tokens at once? try a smaller probe="
             raise
 
-    def distance(self, replacements: Mapping[int, Array]) -> float:
+    def value(self, value: ir.Value) -> Array:
+        """What one of `ends` is on the window, with what was bypassed for good."""
+        return self._values[id(value)]
+
+    def bypass(self, bypasses: Mapping[int, ir.Value]) -> None:
+        """Bypasses values for good: later distances are still those from the model as it came.
+
+        Args:
+            bypasses: id of one of `ends` to another, earlier one that is read in its place.
+        """
+        changed = self._changes({}, bypasses)
+        self._bypasses |= bypasses
+        self._values |= changed
+
+    def distance(
+        self, replacements: Mapping[int, Array], bypasses: Mapping[int, ir.Value] = MappingProxyType({})
+    ) -> float:
         """How far the output moves when weights are replaced.
 
         Args:
             replacements: id of a weight's `ir.Value` to its array, as the graph stores it.
+            bypasses: id of one of `ends` to another, earlier one that is read in its place.
         """
-        changed: dict[int, Array] = {}
-        for stage, session in zip(self._stages, self._sessions, strict=True):
-            if any(id(value) in replacements for value in stage.weights) or any(
-                id(value) in changed for value in stage.inputs
-            ):
-                self._run(stage, session, changed, replacements)
-        output = changed.get(id(self._last))
+        changed = self._changes(replacements, bypasses)
+        output = changed.get(id(self._last), self._values[id(self._last)] if self._bypasses else None)
         if output is None:
             return 0.0  # nothing that reads these weights leads to the output
         found = self._outcome(output)
@@ -108,6 +132,23 @@ class Sensitivity:
             return float(kl_divergence(self._reference, found).mean())
         energy = float(np.vdot(self._reference, self._reference)) or 1.0
         return float(np.square(found - self._reference).sum()) / energy
+
+    def _changes(self, replacements: Mapping[int, Array], bypasses: Mapping[int, ir.Value]) -> dict[int, Array]:
+        """Every value that differs, by its id."""
+        changed: dict[int, Array] = {}
+        for stage, session in zip(self._stages, self._sessions, strict=True):
+            is_changed = any(id(value) in replacements for value in stage.weights)
+            is_changed |= any(id(value) in changed for value in stage.inputs)
+            gone = {id(value) for value in stage.outputs} & (bypasses.keys() | self._bypasses.keys())
+            if is_changed and len(gone) < len(stage.outputs):
+                self._run(stage, session, changed, replacements)
+            for key in gone:
+                source = bypasses.get(key, self._bypasses.get(key))
+                if key in bypasses or id(source) in changed:
+                    changed[key] = changed.get(id(source), self._values[id(source)])
+                else:
+                    changed.pop(key, None)
+        return changed
 
     def _open(self, stage: Stage, shared: dict[bytes, ort.InferenceSession], opset: int) -> ort.InferenceSession | None:
         """Equal stages share a session; a stage that computes nothing has none."""
