@@ -48,14 +48,14 @@ class Vocabulary:
         found = card.get(KEY)
         try:
             assert isinstance(found, dict)
-            size = int(found["size"])
+            size, source_size = int(found["size"]), int(found["size_before"])
+            assert 0 < size <= source_size < 2**31
             unpacking = zlib.decompressobj()
             steps = unpacking.decompress(base64.b64decode(found["ids_before"], validate=True), 4 * size)
             ids_V = np.cumsum(np.frombuffer(steps, "<i4").astype(np.int64))
-            source_size = int(found["size_before"])
-        except (AssertionError, KeyError, TypeError, ValueError, zlib.error):
+        except (AssertionError, KeyError, OverflowError, TypeError, ValueError, zlib.error):
             return None
-        is_whole = len(ids_V) == size > 0 and ids_V.min() >= 0 and ids_V.max() < source_size
+        is_whole = len(ids_V) == size and ids_V.min() >= 0 and ids_V.max() < source_size
         return cls(source_size, ids_V) if is_whole and found.get("sha256") == _digest(ids_V) else None
 
     def after(self, kept_V: Ids) -> Vocabulary:

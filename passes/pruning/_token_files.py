@@ -49,11 +49,14 @@ def renumbered(content: Any, new: Mapping[int, int]) -> Any:
         if str(key).endswith(_NAMES_ONE):
             made[key] = [_one(one, new) for one in value] if isinstance(value, list) else _one(value, new)
         elif key in _LISTS and isinstance(value, list):
-            made[key] = [new[one] for one in value if one in new]
+            made[key] = [new[one] for one in value if _is_id(one) and one in new]
         elif key in _SEQUENCES and isinstance(value, list):
-            made[key] = [[new[one] for one in row] for row in value if all(one in new for one in row)]
+            rows = [row for row in value if isinstance(row, list) and all(_is_id(one) and one in new for one in row)]
+            made[key] = [[new[one] for one in row] for row in rows]
         elif key == _PLACED and isinstance(value, list):
-            made[key] = [[place, _one(one, new)] for place, one in value]
+            made[key] = [
+                [pair[0], _one(pair[1], new)] if isinstance(pair, list) and len(pair) == 2 else pair for pair in value
+            ]
         elif key == "added_tokens_decoder" and isinstance(value, dict):
             made[key] = {str(new[int(index)]): one for index, one in value.items() if int(index) in new}
         else:

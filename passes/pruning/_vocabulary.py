@@ -98,7 +98,9 @@ def cut(model: ir.Model, places: Places, ids_V: Ids, new: dict[int, int]) -> Non
         _resize(value, count, places.num_rows)
     for node, slot in places.compared:
         old = _constant(node.inputs[slot])
-        renumbered = np.array([new[int(one)] for one in old.ravel()], old.dtype).reshape(old.shape)
+        # A number that is no token, -100 for one, stays one.
+        ids = [new.get(int(one), min(int(one), -1)) for one in old.ravel()]
+        renumbered = np.array(ids, old.dtype).reshape(old.shape)
         node.replace_input_with(slot, _initializer(model.graph, "token_id", renumbered))
 
 
@@ -146,6 +148,10 @@ def _find_heads(model: ir.Model, places: Places) -> None:
             places.classes = width
         elif width == places.num_rows or (value.name == "logits" and has_head and not isinstance(width, int)):
             _follow_logits(value, linears, places)
+        elif value.name == "logits":
+            raise UnsupportedModelError(
+                "logits have an unknown number of entries, and no head makes one for each token"
+            )
 
 
 def _follow_logits(last: ir.Value, linears: dict[int, Linear], places: Places) -> None:

@@ -19,6 +19,7 @@ from onnxpress.compiler.errors import CalibrationError, OptionError, Unsupported
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context
 from onnxpress.compiler.vocabulary import Vocabulary, columns
+from onnxpress.passes.pruning._token_files import renumbered
 from onnxpress.passes.pruning._vocabulary import cut, find_places
 from onnxpress.passes.pruning.prune_vocab import PruneVocab
 from onnxpress.runtime.model import load
@@ -276,6 +277,27 @@ def test_law_a_vocabulary_comes_back_from_its_card() -> None:
     assert found is not None
     np.testing.assert_array_equal(found.ids_V, ids)
     assert len(json.dumps(card)) < 20_000
-    for damage in ({"size": 19999}, {"size_before": 100}, {"ids_before": "?"}, {"ids_before": None}):
+    for damage in (
+        {"size": 19999},
+        {"size_before": 100},
+        {"size": 10**30},
+        {"size": 0},
+        {"ids_before": "?"},
+        {"ids_before": None},
+    ):
         assert Vocabulary.from_card({"vocabulary": {**card["vocabulary"], **damage}}) is None
     assert Vocabulary.from_card({}) is None
+
+
+def test_configs_that_are_not_as_they_should_be_are_left_so() -> None:
+    new = {5: 0, 6: 1}
+    content = {
+        "bad_words_ids": [5, [5, 6], [5, 9]],
+        "forced_decoder_ids": [5, [1, 6], [1, 2, 3]],
+        "suppress_tokens": [5, [6], None],
+    }
+    assert renumbered(content, new) == {
+        "bad_words_ids": [[0, 1]],
+        "forced_decoder_ids": [5, [1, 1], [1, 2, 3]],
+        "suppress_tokens": [0],
+    }
