@@ -49,9 +49,9 @@ def eliminate(
         counts: of groups to keep, descending, each at most G. Between two of them groups go at once: small steps choose
             better and cost more.
     Laws:   the loss is that of the least-squares fit of what is kept to W x; it never falls.
-    Cost:   O(K^2 (N + K)) for all groups; the arrays yielded are worked on further by the next step.
+    Cost:   O(K^2 (N + K)) for all groups.
     """
-    columns = w_NK.shape[1]
+    rows, columns = w_NK.shape
     w = np.array(w_NK, np.float64)
     inverse = np.linalg.inv(hessian_KK)
     inverse = (inverse + inverse.T) / 2
@@ -59,33 +59,28 @@ def eliminate(
     loss = 0.0
     for count in counts:
         if count < len(kept):
-            costs = _costs(w, inverse, unit, kept)
-            out = np.sort(np.argpartition(costs, len(kept) - count - 1)[: len(kept) - count])
-            places = _columns(kept[out], unit)
-            pivot = inverse[np.ix_(places, places)]
-            pull = np.linalg.solve(pivot, w[:, places].T)  # ([H^-1]_PP)^-1 W_P^T
-            loss += float(np.einsum("np,pn->", w[:, places], pull))
-            kept = np.delete(kept, out)
-            rest = _columns(kept, unit)
-            w[:, rest] -= pull.T @ inverse[np.ix_(places, rest)]
-            w[:, places] = 0
-            cross = inverse[np.ix_(places, rest)]
-            inverse[np.ix_(rest, rest)] -= cross.T @ np.linalg.solve(pivot, cross)
-        yield Elimination(kept.copy(), w, loss)
+            costs = _costs(w, inverse, unit)
+            is_out = np.zeros(len(kept), bool)
+            is_out[np.argpartition(costs, len(kept) - count - 1)[: len(kept) - count]] = True
+            out, rest = (np.flatnonzero(np.repeat(one, unit)) for one in (is_out, ~is_out))
+            pivot, cross = inverse[np.ix_(out, out)], inverse[np.ix_(out, rest)]
+            pull = np.linalg.solve(pivot, w[:, out].T)  # ([H^-1]_PP)^-1 W_P^T
+            loss += float(np.einsum("np,pn->", w[:, out], pull))
+            w = w[:, rest] - pull.T @ cross
+            inverse = inverse[np.ix_(rest, rest)]
+            inverse -= cross.T @ np.linalg.solve(pivot, cross)
+            kept = kept[~is_out]
+        whole = np.zeros((rows, columns))
+        whole[:, (kept[:, None] * unit + np.arange(unit)).reshape(-1)] = w
+        yield Elimination(kept, whole, loss)
 
 
-def _columns(groups: Index, unit: int) -> Index:
-    columns: Index = (groups[:, None] * unit + np.arange(unit)).reshape(-1)
-    return columns
-
-
-def _costs(w_NK: Floats, inverse_KK: Floats, unit: int, kept: Index) -> Floats:
-    """What each of the groups costs alone, [len(kept)]."""
-    columns = _columns(kept, unit)
+def _costs(w_NK: Floats, inverse_KK: Floats, unit: int) -> Floats:
+    """What each of the groups that are left costs alone."""
     if unit == 1:
-        costs: Floats = np.square(w_NK[:, columns]).sum(axis=0) / inverse_KK.diagonal()[columns]
+        costs: Floats = np.square(w_NK).sum(axis=0) / inverse_KK.diagonal()
         return costs
-    places = columns.reshape(-1, unit)
+    places = np.arange(w_NK.shape[1]).reshape(-1, unit)
     blocks = inverse_KK[places[:, :, None], places[:, None, :]]
     held = w_NK[:, places].transpose(1, 2, 0)  # [G, U, N]
     summed: Floats = (held * np.linalg.solve(blocks, held)).sum(axis=(1, 2))
