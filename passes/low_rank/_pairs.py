@@ -47,7 +47,8 @@ def matrices(
     tables = {id(one.head) for one in find_embeddings(model, linears) if one.head is not None}
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(linear.name, pattern) for linear in linears):
-            raise OptionError(f"{label}: exclude={pattern!r} matches no linear", hint="see their names with inspect")
+            names = [one.name for one in linears[:3]]
+            raise OptionError(f"{label}: exclude={pattern!r} matches no linear", hint=f"names are like {names}")
     for kind in kinds:
         if all(linear.kind != kind for linear in linears):
             known = ", ".join(sorted({linear.kind for linear in linears}))

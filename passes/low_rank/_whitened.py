@@ -201,9 +201,19 @@ class Whitened(Pass):
         return report
 
     def _check_need(self, model: ir.Model, sites: list[_Site], pairs: list[Linear]) -> None:
-        """Raises OptionError for a size that the model has without this pass."""
+        """Raises OptionError for a size that the model has without this pass, or cannot have, before text is read."""
         present = sizes.bytes_besides(model, [])
-        if self.size is not None and sites and not pairs and present <= (sizes.read(self.size) or 0):
+        asked = None if self.size is None else sizes.read(self.size)
+        if asked is None or not sites:
+            return
+        least = present - sum((site.parameters - site.size(site.ranks()[0])) * site.itemsize for site in sites)
+        if least > asked:
+            nearest = f"size='{sizes.written(least + _names(sites))}'"
+            raise OptionError(
+                f"{self.name()}: size={self.size} cannot be met, all matrices at the smallest rank take {nearest}",
+                hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
+            )
+        if not pairs and present <= asked:
             raise OptionError(
                 f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(present)}",
                 hint="ask for less than that, or leave the pass out",
@@ -294,7 +304,7 @@ class Whitened(Pass):
         besides, budget = 0, float(whole)
         if self.size is not None:
             besides = sizes.bytes_besides(model, [site.linears[0].weight for site in sites])
-            besides += sum(len(site.linears) * (_PER_PIVOTED if site.place else _PER_PAIR) for site in sites)
+            besides += _names(sites)
             budget = (sizes.read(self.size) or 0) - besides
         elif self.kl is None:
             itemsize = sites[0].itemsize if sites else 0
@@ -455,6 +465,11 @@ def _pivot(layers: Sequence[Layer], sites: Sequence[_Site], folder: Path | None)
             site = site_of[key]
             site.result, site.pivots = result, form
     return moved
+
+
+def _names(sites: Sequence[_Site]) -> int:
+    """Bytes that nodes and names of pairs take in the graph at most."""
+    return sum(len(site.linears) * (_PER_PIVOTED if site.place else _PER_PAIR) for site in sites)
 
 
 def _option(site: _Site, rank: int | None) -> Option:

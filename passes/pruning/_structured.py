@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +99,7 @@ class Structured(Pass):
     """Base of passes that take structures out by what text shows of their activations."""
 
     promise: ClassVar[Promise] = Promise.LOSSY
+    structure: ClassVar[str]  # what people call what is taken out: "channels"
 
     ratio: float | None = None  # share of the structures to remove, in (0, 1), of all layers together
     size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes
@@ -106,8 +107,9 @@ class Structured(Pass):
     kl: float | None = None
     allocation: Literal["kl", "loss", "uniform"] = "kl"  # sizes by loss of the model, of outputs, or the same for all
     exclude: tuple[str, ...] = ()  # patterns of names of layers that stay whole: "block0.*"
-    teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
-    refit: bool = True  # let other matrices make up for the loss of those before them
+    # Fit to the outputs of the uncompressed model, not to those of the layer itself; asks for much text.
+    teacher: bool = False
+    refit: bool = False  # with `teacher`: let other matrices, too, make up for the loss of those before them
     ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
     tokens: int = 16384  # of calibration text
     length: int = 1024  # tokens of a window
@@ -128,6 +130,7 @@ class Structured(Pass):
             self.allocation != "uniform" or self.ratio is not None, "allocation", "'kl' or 'loss' without a ratio"
         )
         self.check(self.kl is None or self.allocation == "kl", "allocation", "'kl' where kl is given")
+        self.check(self.teacher or not self.refit, "refit", "False without teacher", "write teacher=True, refit=True")
         self.check(self.ridge > 0, "ridge", "positive", "0.05 suits most models")
         for option, least in (("tokens", 1), ("length", 1), ("probe", 16)):
             self.check(getattr(self, option) >= least, option, f"at least {least}")
@@ -162,13 +165,13 @@ class Structured(Pass):
         found = self.structures(model, linears, report)
         if not found:
             return report
-        self._check_need(model, found)
+        besides = sizes.bytes_besides(model, []) - sum(one.total * one.nbytes for one in found)
+        self._check_size(found, besides)
         if any(one.reader.weight.dtype == ir.DataType.BFLOAT16 for one in found):
             raise UnsupportedModelError(
                 f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
                 hint="use --target cuda (float16)",
             )
-        besides = sizes.bytes_besides(model, []) - sum(one.total * one.nbytes for one in found)
         for one in found:
             one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
         ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
@@ -188,14 +191,26 @@ class Structured(Pass):
         self._sum_up(found, report, is_kl=is_kl)
         return report
 
-    def _check_need(self, model: ir.Model, found: list[Structure]) -> None:
-        """Raises OptionError for a size that the model has without this pass."""
-        present = sizes.bytes_besides(model, [])
-        if self.size is not None and present <= (sizes.read(self.size) or 0):
+    def _check_size(self, found: list[Structure], besides: float) -> None:
+        """Raises OptionError for a size that the model has without this pass, or cannot have, before text is read."""
+        if self.size is None:
+            return
+        asked, present = sizes.read(self.size) or 0, besides + sum(one.total * one.nbytes for one in found)
+        if present <= asked:
             raise OptionError(
                 f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(present)}",
                 hint="ask for less than that, or leave the pass out",
             )
+        least = besides + sum(one.counts[-1] * one.nbytes for one in found)
+        if least > asked:
+            self._refuse(f"size='{sizes.written(least)}'")
+
+    def _refuse(self, nearest: str) -> NoReturn:
+        raise OptionError(
+            f"{self.name()}: {'size' if self.size else 'ratio'}={self.size or self.ratio} cannot be met, all "
+            f"layers at the smallest size take {nearest}",
+            hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
+        )
 
     def _price(
         self, model: ir.Model, found: list[Structure], windows: list[dict[str, Any]], context: Context, report: Report
@@ -284,13 +299,7 @@ class Structured(Pass):
             chosen = allocate(options, budget)
             if chosen is None:
                 nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
-                if self.size is not None:
-                    nearest = f"size='{sizes.written(least + besides)}'"
-                raise OptionError(
-                    f"{self.name()}: {'size' if self.size else 'ratio'}={self.size or self.ratio} cannot be met, all "
-                    f"layers at the smallest size take {nearest}",
-                    hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
-                )
+                self._refuse(nearest if self.size is None else f"size='{sizes.written(least + besides)}'")
         for one, some, index in zip(found, options, chosen, strict=True):
             one.count, one.expected = one.counts[index], some[index].cost
 
@@ -306,7 +315,7 @@ class Structured(Pass):
         """New matrices [N, K] by id of a linear's output; those of readers have the columns that are kept."""
         of_reader = {id(one.reader): one for one in found}
         wanted = [one.reader for one in found]
-        if self.refit and self.teacher:
+        if self.refit:
             wanted = [one for one in linears if id(one) in of_reader or _may_change(one)]
         plan = repr([(one.name, one.count) for one in found])
         section = context.journal.section(self.name(), str(self), plan, context.target.name, identity(type(self)))
@@ -417,9 +426,8 @@ class Structured(Pass):
         if is_kl:
             report.metrics["expected_kl"] = sum(one.expected for one in found)
         left = " ".join(str(one.total if one.kept is None else len(one.kept)) for one in found)
-        report.notes.insert(
-            0, f"{1 - after / before:.1%} of the parameters of {len(found)} layers removed; left: {left}"
-        )
+        removed = f"{1 - after / before:.1%} of the parameters of {len(found)} layers removed"
+        report.notes.insert(0, f"{removed}; {self.structure} left: {left}")
 
 
 def identity(kind: type[Pass]) -> str:

@@ -35,6 +35,7 @@ class PruneFfn(Structured):
     """
 
     paper: ClassVar[str] = "arXiv:2302.04089"
+    structure: ClassVar[str] = "channels"
 
     multiple: int | None = None  # what widths are a multiple of; None: 64, or 8 in layers below 512
 

@@ -37,6 +37,7 @@ class PruneHeads(Structured):
     """
 
     paper: ClassVar[str] = "arXiv:2302.04089"
+    structure: ClassVar[str] = "key-value heads"
 
     # uniform leaves as many heads in every layer, which onnxruntime-genai needs; kl and loss give sizes by what layers
     # lose, of the model's predictions or of their own outputs

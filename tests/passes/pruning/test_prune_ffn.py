@@ -88,7 +88,7 @@ def test_equals_the_same_surgery_in_torch(
     if before:
         run(model, before, config=source.config)
     old = {one.name: one.w_NK().copy() for one in find_linears(model)}
-    report = run(model, f"prune_ffn(ratio=0.3, refit=False, {TEXT})", config=source.config)
+    report = run(model, f"prune_ffn(ratio=0.3, {TEXT})", config=source.config)
     cuts = {}
     new = {one.name: one.w_NK() for one in find_linears(model)}
     for row in report.ledger:
@@ -125,9 +125,9 @@ def test_fit_targets_and_choice_each_bring_the_outputs_nearer() -> None:
         run(model, f"{passes}(ratio=0.4, {options}, tokens=4096, length=64, probe=64)")
         return float(((graphs.logits(model) - want) ** 2).mean())
 
-    plain = error("allocation='uniform', teacher=False")
-    fitted = error("allocation='uniform', refit=False")
-    refitted = error("allocation='uniform'")
+    plain = error("allocation='uniform'")
+    fitted = error("allocation='uniform', teacher=True")
+    refitted = error("allocation='uniform', teacher=True, refit=True")
     assert fitted < plain
     assert refitted < 0.97 * fitted
 
@@ -256,6 +256,7 @@ def test_weights_that_are_not_finite_stay() -> None:
         ("kl=0.1, allocation='loss'", "allocation must be 'kl' where kl is given"),
         ("ratio=0.2, multiple=0", "multiple must be at least 1"),
         ("ratio=0.2, probe=1", "probe must be at least 16"),
+        ("ratio=0.2, refit=True", "refit must be False without teacher"),
     ],
 )
 def test_options_are_checked(options: str, message: str) -> None:
@@ -303,7 +304,7 @@ def test_channels_that_are_never_on_go_first_and_cost_nothing() -> None:
     w_NK[::4] = 0
     up.set_weight(lambda: w_NK, "off")
     want = graphs.logits(model)
-    run(model, f"prune_ffn(ratio=0.25, allocation='uniform', exclude=('block1.*',), refit=False, {TEXT})")
+    run(model, f"prune_ffn(ratio=0.25, allocation='uniform', exclude=('block1.*',), {TEXT})")
     left = next(one for one in find_linears(model) if one.name == "block0.up").w_NK()
     assert np.abs(left).sum(axis=1).min() > 0
     np.testing.assert_allclose(graphs.logits(model), want, atol=1e-4 * np.abs(want).max())
@@ -330,7 +331,7 @@ def test_codes_come_back_where_a_layer_is_left_out() -> None:
     assert {one.holder for one in find_linears(model) if one.kind == "down"} == {"MatMulNBits"}
 
 
-@pytest.mark.parametrize("option", ["teacher=False", "refit=False"])
+@pytest.mark.parametrize("option", ["teacher=False", "teacher=True"])
 def test_layers_that_stay_whole_keep_their_weights_unless_they_may_change(option: str) -> None:
     model = decoder(layers=3)
     old = {one.name: one.w_NK().copy() for one in find_linears(model)}

@@ -29,7 +29,7 @@ from onnxpress.passes.pruning._heads import Heads
 
 Array = npt.NDArray[Any]
 TEXT = "tokens=128, length=32, probe=16"
-HALF = f"prune_heads(ratio=0.25, refit=False, {TEXT})"
+HALF = f"prune_heads(ratio=0.25, {TEXT})"
 
 
 def run(model: ir.Model, passes: str, **context: Any) -> Report:
