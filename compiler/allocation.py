@@ -84,6 +84,13 @@ def allocate_within(items: Sequence[Sequence[Option]], cost: float) -> list[int]
     return best
 
 
+def least_cost(items: Sequence[Sequence[Option]]) -> float:
+    """The least that `allocate` has anything get smaller for; `allocate_within` finds something for that."""
+    whole = sum(max(one.nbytes for one in options) for options in items)
+    chosen = allocate(items, whole - 1)
+    return sum(options[index].cost for options, index in zip(items, chosen or [], strict=False))
+
+
 def _hull(options: Sequence[Option]) -> list[int]:
     """Indices of the options on the lower convex hull of cost over bytes, the smallest first."""
     hull: list[int] = []

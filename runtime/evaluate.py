@@ -13,17 +13,18 @@ import heapq
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
-from onnxpress.compiler.staging import MANIFEST
-from onnxpress.compiler.vocabulary import Vocabulary, columns
 from onnxpress.runtime.config import read_json
 from onnxpress.runtime.session import DecoderSession, Floats
 from onnxpress.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # the compiler is imported by what compares two models alone
+    from onnxpress.compiler.vocabulary import Vocabulary
 
 Doubles = npt.NDArray[np.float64]
 
@@ -149,6 +150,8 @@ def perplexity(
 
 def _known_to(reference: DecoderSession, session: DecoderSession) -> npt.NDArray[np.int64] | None:
     """The reference's id of each token of the model; None when all are the same."""
+    from onnxpress.compiler.vocabulary import columns
+
     try:
         return columns(_vocabulary(session), session.vocab_size, _vocabulary(reference), reference.vocab_size)
     except ValueError as error:
@@ -159,6 +162,9 @@ def _known_to(reference: DecoderSession, session: DecoderSession) -> npt.NDArray
 
 def _vocabulary(session: DecoderSession) -> Vocabulary | None:
     """The tokens that a pruned model was left with, as its card says."""
+    from onnxpress.compiler.staging import MANIFEST
+    from onnxpress.compiler.vocabulary import Vocabulary
+
     found = Vocabulary.from_card(read_json(session.path.parent / MANIFEST))
     return found if found is not None and len(found.ids_V) == session.vocab_size else None
 

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import allocation, calibration, sizes, stats, whitening
 from onnxpress.compiler import sensitivity as sensitivities
-from onnxpress.compiler.allocation import Option, allocate, allocate_within
+from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
@@ -325,10 +325,10 @@ class Whitened(Pass):
         for site, choices, some, index in zip(sites, ranks, options, chosen, strict=True):
             site.rank, site.expected = choices[index], some[index].cost
         if self.kl is not None and all(site.rank is None for site in sites):
-            least_cost = min(some[-2].cost for some in options)
+            cost = least_cost(options)
             raise OptionError(
-                f"{self.name()}: kl={self.kl} cannot be met, the least that a matrix costs is {least_cost:.2g}",
-                hint=f"the nearest is kl={least_cost * 1.1:.2g}",
+                f"{self.name()}: kl={self.kl} cannot be met, the least that a matrix costs is {cost:.2g}",
+                hint=f"the nearest is kl={cost * 1.1:.2g}",
             )
 
     def _fit(
@@ -489,6 +489,7 @@ def _on_disk(array: Floats, folder: Path | None) -> Floats:
     if folder is None:
         return array
     path = folder / f"factor-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    np.save(path, array)
+    if not path.exists():  # an array that was read from there would be written over while it is read
+        np.save(path, array)
     mapped: Floats = np.load(path, mmap_mode="r")
     return mapped

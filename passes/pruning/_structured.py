@@ -28,7 +28,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import allocation, calibration, obs, sizes, stats
 from onnxpress.compiler import sensitivity as sensitivities
-from onnxpress.compiler.allocation import Option, allocate, allocate_within
+from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
@@ -287,10 +287,10 @@ class Structured(Pass):
         if self.kl is not None:
             chosen = allocate_within(options, self.kl)
             if chosen is None or not any(chosen):
-                least_cost = min((some[1].cost for some in options if len(some) > 1), default=0.0)
+                cost = least_cost(options)
                 raise OptionError(
-                    f"{self.name()}: kl={self.kl} cannot be met, the least that a cut costs is {least_cost:.2g}",
-                    hint=f"the nearest is kl={least_cost * 1.1:.2g}",
+                    f"{self.name()}: kl={self.kl} cannot be met, the least that a cut costs is {cost:.2g}",
+                    hint=f"the nearest is kl={cost * 1.1:.2g}",
                 )
         else:
             budget = (1 - (self.ratio or 0.0)) * whole
@@ -457,6 +457,7 @@ def _on_disk(array: Floats, folder: Path | None) -> Floats:
     if folder is None:
         return array
     path = folder / f"matrix-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    np.save(path, array)
+    if not path.exists():  # an array that was read from there would be written over while it is read
+        np.save(path, array)
     mapped: Floats = np.load(path, mmap_mode="r")
     return mapped
