@@ -102,7 +102,7 @@ def refuse_transformed(model: ir.Model, history: Iterable[str]) -> None:
     if (pair := next((one for one in find_linears(model) if one.pivots), None)) is not None:
         raise UnsupportedModelError(
             f"expected the matrices of the checkpoint, found features of {pair.name} in the order of its pivots",
-            hint="apply the adapter before svd_llm, or split with svd_llm(..., pivot=False)",
+            hint="apply the adapter before svd_llm, or split without pivot=True",
         )
 
 

@@ -38,8 +38,9 @@ class SvdLlm(Whitened):
     teacher: bool = True  # fit to the outputs of the uncompressed model, not to those of the layer itself
     refit: bool = True  # let matrices that stay whole make up for the loss of those before them
     # In feed-forward layers, let R rows or columns of a matrix be a factor: R (N + K - R) numbers instead of R (N + K).
-    # Features change places for it, so an adapter made for the checkpoint no longer fits.
-    pivot: bool = True
+    # For models that stay in floats: rounded, such factors lose more. Features change places for it, so an adapter made
+    # for the checkpoint no longer fits.
+    pivot: bool = False
     ridge: float = 0.05  # holds targets near the weights, relative to the mean second moment
 
     def __post_init__(self) -> None:

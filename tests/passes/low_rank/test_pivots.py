@@ -94,7 +94,7 @@ def test_logits_are_those_of_plain_pairs_of_the_same_ranks(
     source = models.load(tiny_export(architecture), work_dir=tmp_path)
     pipeline.run(source.model, pipeline.parse(before), Context(config=source.config))
     kinds = tuple({one.kind for one in find_linears(source.model)} & {"gate", "up", "gate_up", "down"})
-    passes = f"svd_llm(ratio=0.3, allocation='uniform', tokens=512, length=32, kinds={kinds})"
+    passes = f"svd_llm(pivot=True, ratio=0.3, allocation='uniform', tokens=512, length=32, kinds={kinds})"
     pivoted, plain = source.model.clone(), source.model
     report = run(pivoted, passes)
     with monkeypatch.context() as patched:
@@ -122,7 +122,8 @@ def test_an_order_alone_changes_nothing(kinds: str) -> None:
             one.set_weight(lambda w=(left[:, :8] * size[:8]) @ right[:8]: w, f"{one.name}.thin")  # type: ignore[misc]
     want = graphs.logits(model)
     report = run(
-        model, f"svd_llm(ratio=0.6, allocation='uniform', teacher=False, tokens=256, length=32, kinds={kinds})"
+        model,
+        f"svd_llm(pivot=True, ratio=0.6, allocation='uniform', teacher=False, tokens=256, length=32, kinds={kinds})",
     )
     assert {row["rank"] for row in report.ledger} == {8}
     assert all("pivots" in row for row in report.ledger)
@@ -131,7 +132,7 @@ def test_an_order_alone_changes_nothing(kinds: str) -> None:
 
 def test_a_quantizer_rounds_both_factors_and_the_pair_is_known_again() -> None:
     model = decoder()
-    run(model, "svd_llm(ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
+    run(model, "svd_llm(pivot=True, ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
     want = {one.name: one.w_NK() for one in find_linears(model) if one.pivots}
     assert want
     run(model, "rtn(bits=8, block_size=16)")
@@ -147,12 +148,12 @@ def test_a_quantizer_rounds_both_factors_and_the_pair_is_known_again() -> None:
 def test_an_adapter_of_the_checkpoint_is_refused() -> None:
     model = decoder()
     refuse_transformed(model, [])
-    run(model, "svd_llm(ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
+    run(model, "svd_llm(pivot=True, ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
     with pytest.raises(UnsupportedModelError, match=r"features of block0.up in the order of its pivots") as caught:
         refuse_transformed(model, [])
-    assert "pivot=False" in (caught.value.hint or "")
+    assert "pivot=True" in (caught.value.hint or "")
     plain = decoder()
-    run(plain, "svd_llm(ratio=0.3, allocation='uniform', pivot=False, tokens=256, length=32, kinds=('up', 'down'))")
+    run(plain, "svd_llm(ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
     refuse_transformed(plain, [])
 
 
@@ -164,7 +165,9 @@ def test_without_freedom_pairs_are_plain() -> None:
     extra.outputs[0].name, extra.outputs[0].dtype = "probe", ir.DataType.FLOAT
     model.graph.append(extra)
     model.graph.outputs.append(extra.outputs[0])
-    report = run(model, "svd_llm(ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))")
+    report = run(
+        model, "svd_llm(pivot=True, ratio=0.3, allocation='uniform', tokens=256, length=32, kinds=('up', 'down'))"
+    )
     assert {row["site"]: row.get("pivots", "") for row in report.ledger} == {
         "block0.up": "",
         "block0.down": "",

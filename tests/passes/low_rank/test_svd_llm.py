@@ -200,7 +200,7 @@ def test_matrices_that_stay_whole_make_up_for_the_others_if_asked(fused: ir.Mode
     for refit in (False, True):
         model = fused.clone()
         text = "tokens=2048, length=64, probe=64, exclude=('head',)"
-        report = run(model, f"svd_llm(ratio=0.1, pivot=False, refit={refit}, {text})")
+        report = run(model, f"svd_llm(ratio=0.1, refit={refit}, {text})")
         errors.append(float(((graphs.logits(model, ids_WS) - want) ** 2).mean()))
         found = [one for one in find_linears(model) if one.kind != "head"]
         whole = [one.name for one in found if one.factors is None]
