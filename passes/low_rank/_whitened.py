@@ -31,6 +31,7 @@ from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, drop_unused, find_linears
+from onnxpress.compiler.mapped import on_disk
 from onnxpress.compiler.nbits import add_initializer
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
@@ -360,7 +361,7 @@ class Whitened(Pass):
                     if result:
                         site.output_error = float(record[f"{index}.error"])
                         group.replace(linear, _dense(result))
-                        site.result = tuple(_on_disk(one, context.work_dir) for one in result)
+                        site.result = tuple(on_disk(one, context.work_dir) for one in result)
         if resumed:
             report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
         for site in sites:
@@ -459,7 +460,7 @@ def _pivot(layers: Sequence[Layer], sites: Sequence[_Site], folder: Path | None)
     moved = 0
     for layer in layers:
         results = {key: site_of[key].result for key in layer.keys if key in site_of}
-        reordered = reorder(layer, results, lambda array: _on_disk(array, folder))
+        reordered = reorder(layer, results, lambda array: on_disk(array, folder))
         moved += bool(reordered)
         for key, (result, form) in reordered.items():
             site = site_of[key]
@@ -482,14 +483,3 @@ def _dense(result: Sequence[Floats]) -> Floats:
     """The matrix that a result stands for, float32 [N, K]; numpy has no quick product of float16."""
     whole: Floats = functools.reduce(np.matmul, [np.asarray(one, np.float32) for one in result])
     return whole.T
-
-
-def _on_disk(array: Floats, folder: Path | None) -> Floats:
-    """The same array, in a file where there is a folder for it: all factors together are a model."""
-    if folder is None:
-        return array
-    path = folder / f"factor-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    if not path.exists():  # an array that was read from there would be written over while it is read
-        np.save(path, array)
-    mapped: Floats = np.load(path, mmap_mode="r")
-    return mapped

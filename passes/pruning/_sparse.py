@@ -28,6 +28,7 @@ from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.columns import quadratic
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError, near_miss
 from onnxpress.compiler.linears import Float2D, Linear, find_embeddings, find_linears, unique_name
+from onnxpress.compiler.mapped import on_disk
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.roles import KINDS
 from onnxpress.compiler.stats import Stats
@@ -233,7 +234,7 @@ class Streamed(Pass):
                     section.write(str(number), digest, record)
                 for index, linear in enumerate(group.linears):
                     if f"{index}" in record:
-                        pruned_NK = _on_disk(record[f"{index}"], context.work_dir)
+                        pruned_NK = on_disk(record[f"{index}"], context.work_dir)
                         group.replace(linear, np.asarray(pruned_NK, np.float32))
                         done[linear.name] = pruned_NK, float(record[f"{index}.error"])
         if resumed:
@@ -267,13 +268,3 @@ def identity(kind: type[Pass]) -> str:
     sources = [__file__, *(one.__file__ for one in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
-
-
-def _on_disk(array: Floats, folder: Path | None) -> Floats:
-    """The same array, in a file where there is a folder for it: all pruned matrices together are a model."""
-    if folder is None:
-        return array
-    path = folder / f"pruned-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    np.save(path, array)
-    mapped: Floats = np.load(path, mmap_mode="r")
-    return mapped

@@ -33,6 +33,7 @@ from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.linears import Linear, find_linears
+from onnxpress.compiler.mapped import on_disk
 from onnxpress.compiler.obs import eliminate
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.sensitivity import Sensitivity, digest_of
@@ -340,7 +341,7 @@ class Structured(Pass):
                         group.replace(linear, _spread(seen_NK, one))
                     else:
                         group.replace(linear, w_NK)
-                    results[id(linear.output)] = _on_disk(w_NK, context.work_dir)
+                    results[id(linear.output)] = on_disk(w_NK, context.work_dir)
         if resumed:
             report.notes.append(f"an earlier run was stopped: {resumed} of {len(run.stages)} groups are its results")
         return results
@@ -450,14 +451,3 @@ def _spread(w_NK: Floats, one: Structure) -> Floats:
     whole = np.zeros((len(w_NK), one.reader.num_in), np.float32)
     whole[:, columns] = w_NK
     return whole
-
-
-def _on_disk(array: Floats, folder: Path | None) -> Floats:
-    """The same array, in a file where there is a folder for it: all matrices together are a model."""
-    if folder is None:
-        return array
-    path = folder / f"matrix-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    if not path.exists():  # an array that was read from there would be written over while it is read
-        np.save(path, array)
-    mapped: Floats = np.load(path, mmap_mode="r")
-    return mapped

@@ -36,6 +36,7 @@ from onnxpress.compiler.errors import (
     UnsupportedModelError,
 )
 from onnxpress.compiler.linears import find_embeddings, find_linears, unique_name
+from onnxpress.compiler.mapped import on_disk
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.compiler.probe import image_sizes, random_inputs
 from onnxpress.compiler.sensitivity import Sensitivity, digest_of
@@ -328,7 +329,7 @@ class DropBlocks(Pass):
     def _put(self, model: ir.Model, gaps: Sequence[Gap], context: Context, report: Report) -> None:
         linears = {one.weight.name: one for one in find_linears(model, expand_pairs=True)} if gaps else {}
         for gap in gaps:
-            linear, new_NK = linears[gap.linear.weight.name], _on_disk(gap.new_w_NK(), context.work_dir)
+            linear, new_NK = linears[gap.linear.weight.name], on_disk(gap.new_w_NK(), context.work_dir)
             linear.set_weight(lambda new=new_NK: new, unique_name(model.graph, f"{linear.name}.compensated"))  # type: ignore[misc]
             report.change(linear.name, gap=gap.name, **gap.facts)
 
@@ -338,16 +339,6 @@ def _identity() -> str:
     modules = (calibration, sensitivities, stats, _network, _parts, _refit, sys.modules[__name__])
     digest = hashlib.sha256(b"".join(Path(str(one.__file__)).read_bytes() for one in modules))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
-
-
-def _on_disk(array: npt.NDArray[np.float32], folder: Path | None) -> npt.NDArray[np.float32]:
-    """The same array, in a file where there is a folder for it."""
-    if folder is None:
-        return array
-    path = folder / f"gap-{hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:24]}.npy"
-    np.save(path, array)
-    mapped: npt.NDArray[np.float32] = np.load(path, mmap_mode="r")
-    return mapped
 
 
 def _elements(graph: ir.Graph) -> int:
