@@ -34,7 +34,7 @@ from onnxpress.compiler.explain_fusion import unfused_layers
 from onnxpress.compiler.genai import context_length
 from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_embeddings
-from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Tracker, build, subgraphs, weight_bytes
+from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, Stopwatch, Tracker, build, subgraphs, weight_bytes
 from onnxpress.compiler.pipeline import Observer, Pipeline
 from onnxpress.compiler.probe import image_sizes
 from onnxpress.compiler.report import Card
@@ -157,6 +157,7 @@ def optimize(
             seed=seed,
             held_out=_VERIFIED_TOKENS,
         )
+        context.stopwatch = functools.partial(_stopwatch, stage)
         before = {
             "nodes": len(source.model.graph),
             "bytes": weight_bytes(source.model),
@@ -282,6 +283,17 @@ def _own_text(source: models.Source, context: Context) -> Callable[[int, int], n
             if value.name is not None and value.shape is not None
         },
     )
+
+
+def _stopwatch(stage: Stage, model: ir.Model, context: Context, phase: str) -> Stopwatch:
+    """A decoder, open on the target; its files are gone again. For the arguments see `Context`."""
+    from onnxpress.runtime.stopwatch import Stopwatch as Timed
+
+    with tempfile.TemporaryDirectory(dir=stage.work) as folder:
+        directory = Path(folder)
+        write_graph(model, directory, max_in_flight_bytes=_SAVING_MEMORY)
+        write_companions(model, directory, source=context, config=context.config, target=context.target)
+        return Timed(directory, phase, context.target.provider)
 
 
 def _temporary() -> Path:

@@ -106,6 +106,13 @@ class Report:
 Tracker = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
+class Stopwatch(typing.Protocol):
+    """A model that is open and ready to run."""
+
+    def seconds(self) -> float:
+        """What one round takes now; compare with another model's next round, not with yesterday's."""
+
+
 def _silent(items: Sequence[Any], label: str) -> Iterable[Any]:
     return items
 
@@ -129,6 +136,10 @@ class Context:
         stored_types: how the source file stored a weight, by the weight's name here: "block3.gate" to
             ("blk.3.ffn_gate.weight", "Q4_0"); {} when the file does not say.
         history: texts of the passes and pipelines that have changed this model before, oldest first.
+        compose: runs passes by their text, `compose(model, "rtn(bits=4)", context)`, for a pass that consists of
+            others; None outside of a pipeline.
+        stopwatch: opens a model as the target will run it, `stopwatch(model, context, "decode")`, to be timed; None
+            where nothing can run it.
     """
 
     target: Target = TARGETS["cpu"]
@@ -143,6 +154,8 @@ class Context:
     journal: Journal = field(default_factory=Journal)
     stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
+    compose: Callable[[ir.Model, str, Context], list[Report]] | None = None
+    stopwatch: Callable[[ir.Model, Context, str], Stopwatch] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

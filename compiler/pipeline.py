@@ -113,6 +113,8 @@ def run(
         observers: called before and after each pass.
     """
     watching = list(observers)
+    if context.compose is None:
+        context.compose = _compose
     done: list[tuple[Pass, Report]] = []
     for pass_ in pipeline:
         for observer in watching:
@@ -124,6 +126,11 @@ def run(
             context.history.append(str(pass_))
         done.append((pass_, report))
     return done
+
+
+def _compose(model: ir.Model, text: str, context: Context) -> list[Report]:
+    """Runs the passes of a text without anybody watching."""
+    return [one.run(model, context) for one in parse(text, context.target)]
 
 
 def _call(item: ast.expr) -> tuple[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ _PLAIN = {
     "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
     "SkipLayerNormalization": "LayerNormalization",
 }
+_FIRST, _LAST = 2, 1  # blocks at the ends that are never chosen: without them a model stops making sense
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
 
 
@@ -82,6 +83,27 @@ def find_parts(model: ir.Model, *, sublayers: bool) -> list[Part]:
             same = sum(part.name.startswith(name) for part in parts)
             parts.append(_part(f"{name}{same + 1}" if same else name, number, one))
     return parts
+
+
+def may_go(parts: Sequence[Part], total: int) -> tuple[list[int], dict[str, str]]:
+    """Numbers of the parts that a pass may choose, and the others' names with the reason.
+
+    Args:
+        parts: all of a model.
+        total: its blocks.
+    """
+    free, reasons = [], {}
+    for index, part in enumerate(parts):
+        try:
+            exits(part)
+        except PreconditionError as error:
+            reasons[part.name] = error.message.partition(": ")[2]
+            continue
+        if _FIRST <= part.block < total - _LAST:
+            free.append(index)
+        else:
+            reasons[part.name] = "protected"
+    return free, reasons
 
 
 def _part(name: str, number: int, block: Block) -> Part:

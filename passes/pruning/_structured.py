@@ -13,86 +13,29 @@ from __future__ import annotations
 
 import abc
 import fnmatch
-import hashlib
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
-from onnxpress.compiler import allocation, calibration, obs, sizes, stats
-from onnxpress.compiler import sensitivity as sensitivities
+from onnxpress.compiler import sizes
 from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
 from onnxpress.compiler.calibration import Calibration, Group
-from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError, UnsupportedModelError
+from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import Linear, find_linears
 from onnxpress.compiler.mapped import on_disk
 from onnxpress.compiler.obs import eliminate
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
-from onnxpress.compiler.sensitivity import Sensitivity, digest_of
-from onnxpress.compiler.stats import Stats, shrunk, teacher_correction
-from onnxpress.compiler.threads import workers
-from onnxpress.passes.pruning import _coded
-from onnxpress.passes.pruning._coded import FLOATS, Codes, set_matrix, to_codes, to_floats
+from onnxpress.compiler.stats import shrunk, teacher_correction
+from onnxpress.passes.pruning._coded import FLOATS, set_matrix, to_codes
+from onnxpress.passes.pruning._layers import PROBED, Structure, columns_of, identity, prepared, price, put, spread
 
 Floats = npt.NDArray[Any]
 Index = npt.NDArray[np.integer]
-
-_RUINED = 1e6  # cost of a layer without which the outputs are not finite
-_PROBED = 0.25  # share of the structures that is gone while the cost of a layer is measured, unless a ratio says
-_LEAST = 1e-6  # of the energy at the outputs of a layer
-_PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
-
-
-@dataclass
-class Structure:
-    """One layer, what may be taken out of it, and what became of it.
-
-    Attributes:
-        name: of the layer: "block3.ffn".
-        reader: the linear whose columns are structures.
-        unit: U.
-        total: G.
-        step: counts that are left are multiples of it.
-        parameters: of one structure in all matrices of the layer.
-        nbytes: of the same, as stored.
-        cut: takes all but these structures out of what makes them; gets refitted matrices by id of a linear's output.
-        losses: at counts `counts`, relative to the energy at the outputs.
-        cost: of the model, per unit of loss.
-    """
-
-    name: str
-    reader: Linear
-    unit: int
-    total: int
-    step: int
-    parameters: int
-    nbytes: float
-    cut: Callable[[Index, dict[int, Floats]], None]
-    losses: Floats = field(default_factory=lambda: np.zeros(0))
-    cost: float = 0.0
-    count: int = 0
-    expected: float = 0.0
-    kept: Index | None = None
-    error: float = 0.0
-    codes: Codes | None = None  # what the reader is stored as, while it is a MatMul
-
-    @property
-    def counts(self) -> list[int]:
-        """Numbers of structures that may be left, from all of them to the fewest."""
-        multiples = range((self.total - 1) // self.step * self.step, 0, -self.step)
-        return [self.total, *multiples]
-
-    def nearest(self, ratio: float) -> int:
-        """The largest count that removes this share; the fewest there can be where none does."""
-        return next((one for one in self.counts if one <= (1 - ratio) * self.total * (1 + 1e-12)), self.counts[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +49,7 @@ class Structured(Pass):
     size: str | None = None  # of the model's files together: "90MB" is 90,000,000 bytes
     # KL divergence (nats per token) that may be lost: an estimate, the sum of what each layer costs alone
     kl: float | None = None
+    counts: tuple[int, ...] | None = None  # or: what each layer that may be cut keeps, in their order
     allocation: Literal["kl", "loss", "uniform"] = "kl"  # sizes by loss of the model, of outputs, or the same for all
     exclude: tuple[str, ...] = ()  # patterns of names of layers that stay whole: "block0.*"
     # Fit to the outputs of the uncompressed model, not to those of the layer itself; asks for much text.
@@ -118,15 +62,16 @@ class Structured(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [option for option in ("ratio", "size", "kl") if getattr(self, option) is not None]
+        given = [option for option in ("ratio", "size", "kl", "counts") if getattr(self, option) is not None]
         if len(given) != 1:
             raise OptionError(
-                f"{self.name()}: expected one of ratio, size and kl, got {' and '.join(given) or 'none'}",
+                f"{self.name()}: expected one of ratio, size, kl and counts, got {' and '.join(given) or 'none'}",
                 hint=f"write {self.name()}(ratio=0.1)",
             )
         self.check(self.ratio is None or 0 < self.ratio < 1, "ratio", "between 0 and 1", "0.1 removes 10 %")
         self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
         self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.1 is a mild loss")
+        self.check(self.counts is None or min(self.counts, default=0) >= 1, "counts", "numbers of at least 1")
         self.check(
             self.allocation != "uniform" or self.ratio is not None, "allocation", "'kl' or 'loss' without a ratio"
         )
@@ -168,20 +113,16 @@ class Structured(Pass):
             return report
         besides = sizes.bytes_besides(model, []) - sum(one.total * one.nbytes for one in found)
         self._check_size(found, besides)
-        if any(one.reader.weight.dtype == ir.DataType.BFLOAT16 for one in found):
-            raise UnsupportedModelError(
-                f"{self.name()}: text is streamed on the CPU, which has no kernels for bfloat16",
-                hint="use --target cuda (float16)",
-            )
-        for one in found:
-            one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
-        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
-        windows = feeds(model.graph, ids_WS)
+        self._take_counts(found)
+        windows = prepared(model, found, context, report, self.tokens, self.length)
         if self.allocation == "uniform":
             for one in found:
                 one.count = one.nearest(self.ratio or 0.0)
-        else:
-            found = self._price(model, found, windows, context, report)
+        elif self.counts is None:
+            self._check_kl(model)
+            cut = self.ratio or PROBED
+            probe = self.probe if self.allocation == "kl" else None
+            found = price(self, model, found, windows, context, report, cut=cut, probe=probe)
             self._allocate(found, besides)
         results = self._fit(model, linears, found, windows, context, report)
         is_kl = "KL divergence" in report.calibration.get("costs", "")
@@ -191,6 +132,31 @@ class Structured(Pass):
         self.finish(found, context, report)
         self._sum_up(found, report, is_kl=is_kl)
         return report
+
+    def _take_counts(self, found: list[Structure]) -> None:
+        """Gives every layer the count that `counts` says, before text is read."""
+        if self.counts is None:
+            return
+        if len(self.counts) != len(found):
+            raise OptionError(
+                f"{self.name()}: counts must have one number for each of {len(found)} layers, got {len(self.counts)}",
+                hint=f"as it is: counts=({', '.join(str(one.total) for one in found)},)",
+            )
+        for one, count in zip(found, self.counts, strict=True):
+            if count not in one.counts:
+                nearest = min(one.counts, key=lambda each: abs(each - count))
+                raise OptionError(
+                    f"{self.name()}: counts: {one.name} has {one.total} {self.structure}, and can keep a multiple of "
+                    f"{one.step}, got {count}",
+                    hint=f"the nearest is {nearest}",
+                )
+            one.count = count
+
+    def _check_kl(self, model: ir.Model) -> None:
+        if self.kl is not None and all(value.name != "logits" for value in model.graph.outputs):
+            raise OptionError(
+                f"{self.name()}: kl has no meaning for a model without logits", hint="give ratio= or size="
+            )
 
     def _check_size(self, found: list[Structure], besides: float) -> None:
         """Raises OptionError for a size that the model has without this pass, or cannot have, before text is read."""
@@ -212,67 +178,6 @@ class Structured(Pass):
             f"layers at the smallest size take {nearest}",
             hint=f"the nearest is {nearest}; less needs a quantizer, or drop_blocks",
         )
-
-    def _price(
-        self, model: ir.Model, found: list[Structure], windows: list[dict[str, Any]], context: Context, report: Report
-    ) -> list[Structure]:
-        """Fills in losses and costs; layers of which the activation is not finite are left out, and said to be."""
-        wanted = [one.reader for one in found]
-        sensitivity: Sensitivity | None = None
-        probed = ""
-        if self.allocation == "kl":
-            sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
-            report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
-            probed = str(facts["sha256"])
-            if self.kl is not None and sensitivity.measure != "KL divergence":
-                raise OptionError(
-                    f"{self.name()}: kl has no meaning for a model without logits", hint="give ratio= or size="
-                )
-        # A cost is told by the whole model, of which a stage's digest has what comes before it.
-        state = digest_of(model) if sensitivity is not None else ""
-        section = context.journal.section(
-            self.name(), "costs", str(self), context.target.name, identity(type(self)), state, probed
-        )
-        of_reader = {id(one.reader): one for one in found}
-        few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
-        with Calibration(model, few, wanted, context.work_dir) as run:
-            for number, stage in enumerate(context.track(run.stages, f"{self.name()}: what each size costs")):
-                digest = run.digest(stage)
-                record = section.read(str(number), digest)
-                group = run.observe(stage, with_stats=record is None)
-                if record is None:
-                    record = {}
-                    for index, linear in enumerate(group.linears):
-                        losses, cost = self._curve(of_reader[id(linear)], group.stats, sensitivity)
-                        record |= {f"{index}.losses": losses, f"{index}.cost": np.array(cost)}
-                    section.write(str(number), digest, record)
-                for index, linear in enumerate(group.linears):
-                    one = of_reader[id(linear)]
-                    one.losses, one.cost = record[f"{index}.losses"], float(record[f"{index}.cost"])
-        for one in found:
-            if not one.losses.size:
-                if one.codes is not None:
-                    to_codes(one.reader, one.codes.matrix, one.codes.level)
-                report.skip(one.name, "its weights or its activation are not finite on the calibration text")
-        return [one for one in found if one.losses.size]
-
-    def _curve(self, one: Structure, seen: Stats, sensitivity: Sensitivity | None) -> tuple[Floats, float]:
-        """Losses at all counts, relative, and what a unit of them costs the model."""
-        w_NK, hessian_KK = one.reader.w_NK(), shrunk(seen.hessian_KK, seen.count)
-        if not (np.isfinite(hessian_KK).all() and np.isfinite(w_NK).all()):
-            return np.zeros(0), 0.0
-        whole = float(np.einsum("nk,nk->", w_NK @ hessian_KK, w_NK)) or 1.0
-        probed = one.nearest(self.ratio or _PROBED)
-        losses: list[float] = []
-        cost = 1.0
-        for step in eliminate(w_NK, hessian_KK, one.unit, one.counts):
-            losses.append(step.loss / whole)
-            if sensitivity is not None and len(step.kept) == probed and probed < one.total:
-                cut = one.reader.stored_form(step.w_NK.astype(np.float32))
-                lost = sensitivity.distance({id(one.reader.weight): cut})
-                # Below this what is lost is rounding, and so would be its price.
-                cost = (lost if np.isfinite(lost) else _RUINED) / max(losses[-1], _LEAST)
-        return np.array(losses), cost
 
     def _allocate(self, found: list[Structure], besides: float) -> None:
         """Gives every layer its count; `besides` are bytes of everything else."""
@@ -338,7 +243,7 @@ class Structured(Pass):
                     if one is not None and one.count < one.total:
                         one.kept, one.error = record[f"{index}.kept"], float(record[f"{index}.error"])
                         seen_NK = w_NK if one.codes is None else one.codes.nearest(w_NK).w_NK()
-                        group.replace(linear, _spread(seen_NK, one))
+                        group.replace(linear, spread(seen_NK, one))
                     else:
                         group.replace(linear, w_NK)
                     results[id(linear.output)] = on_disk(w_NK, context.work_dir)
@@ -370,7 +275,7 @@ class Structured(Pass):
             hessian_KK = shrunk(seen.hessian_KK, seen.count)
             counts = [count for count in one.counts if count >= one.count]
             *_, last = eliminate(target_NK, hessian_KK, one.unit, counts)
-            columns = (last.kept[:, None] * one.unit + np.arange(one.unit)).reshape(-1)
+            columns = columns_of(one, last.kept)
             whole = float(np.einsum("nk,nk->", target_NK @ hessian_KK, target_NK)) or 1.0
             record |= {
                 f"{index}.w": last.w_NK[:, columns].astype(np.float32),
@@ -399,13 +304,7 @@ class Structured(Pass):
             output_error=one.error,
             **({"expected_kl": one.expected} if is_kl else {}),
         )
-        new = results.pop(key)
-        one.cut(one.kept, results)
-        if one.codes is None:
-            set_matrix(one.reader, new, "pruned")
-        else:
-            one.reader.num_in = new.shape[1]
-            to_codes(one.reader, one.codes.nearest(new), one.codes.level)
+        put(one, one.kept, results.pop(key), results)
 
     def _refit(self, linears: Sequence[Linear], results: dict[int, Floats], report: Report) -> None:
         """Stores the matrices that make up for what others have lost."""
@@ -431,23 +330,6 @@ class Structured(Pass):
         report.notes.insert(0, f"{removed}; {self.structure} left: {left}")
 
 
-def identity(kind: type[Pass]) -> str:
-    """Of everything that may change a last bit: results of another state are not resumed."""
-    modules = (allocation, calibration, sensitivities, stats, obs, _coded, sys.modules[kind.__module__])
-    sources = [__file__, *(one.__file__ for one in modules)]
-    digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
-    return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"
-
-
 def _may_change(linear: Linear) -> bool:
     """Whether a matrix may make up for others: a float one inside of a block that nobody else reads."""
     return linear.block is not None and linear.holder in FLOATS and linear.kind != "router" and not linear.is_shared
-
-
-def _spread(w_NK: Floats, one: Structure) -> Floats:
-    """Columns that are kept, where they were; zeros between."""
-    assert one.kept is not None
-    columns = (one.kept[:, None] * one.unit + np.arange(one.unit)).reshape(-1)
-    whole = np.zeros((len(w_NK), one.reader.num_in), np.float32)
-    whole[:, columns] = w_NK
-    return whole

@@ -31,7 +31,6 @@ from onnxpress.compiler.calibration import Feeds
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import (
     OptionError,
-    PreconditionError,
     StreamingError,
     UnsupportedModelError,
 )
@@ -43,9 +42,8 @@ from onnxpress.compiler.sensitivity import Sensitivity, digest_of
 from onnxpress.compiler.threads import workers
 from onnxpress.passes.pruning import _network, _parts, _refit
 from onnxpress.passes.pruning._network import Gap, Network
-from onnxpress.passes.pruning._parts import Part, drop, edit_config, exits, find_parts
+from onnxpress.passes.pruning._parts import Part, drop, edit_config, find_parts, may_go
 
-_FIRST, _LAST = 2, 1  # blocks at the ends that are never chosen: without them a model stops making sense
 _RANDOM_TOKENS = 64  # in a window where there is no text
 # Of what a part costs more than what is gone: it mostly grows as parts go (lazy greedy, Minoux 1978), and falls where
 # they did the same. A part of which it would have to fall below this to be the next is not measured again.
@@ -157,17 +155,11 @@ class DropBlocks(Pass):
 
     def _free(self, parts: Sequence[Part], total: int, report: Report) -> list[int]:
         """Numbers of the parts that may be chosen; with `count`, the others are reported."""
-        free = []
-        for index, part in enumerate(parts if self.count is not None else ()):
-            try:
-                exits(part)
-            except PreconditionError as error:
-                report.skip(part.name, error.message.partition(": ")[2])
-                continue
-            if _FIRST <= part.block < total - _LAST:
-                free.append(index)
-            else:
-                report.skip(part.name, "protected")
+        free: list[int] = []
+        if self.count is not None:
+            free, reasons = may_go(parts, total)
+            for name, reason in reasons.items():
+                report.skip(name, reason)
         if self.count is not None and self.count > len(free):
             nearest = f"the nearest is count={len(free)}; " if free else ""
             raise OptionError(

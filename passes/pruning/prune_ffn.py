@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxpress.compiler.inner_features import InnerFeatures, all_inner_features, choose_constant, inner_biases
 from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
-from onnxpress.passes.pruning._coded import Index, cut_rows, obstacle
-from onnxpress.passes.pruning._structured import Structure, Structured
+from onnxpress.passes.pruning._ffn import ffn_layers
+from onnxpress.passes.pruning._layers import Structure
+from onnxpress.passes.pruning._structured import Structured
 
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_dim", "d_ff", "hidden_dim")
 
@@ -48,24 +47,7 @@ class PruneFfn(Structured):
         return cls(ratio=0.3, tokens=64, length=32, probe=16)
 
     def structures(self, model: ir.Model, linears: Sequence[Linear], report: Report) -> list[Structure]:
-        layers, reasons = all_inner_features(linears)
-        for name, met in reasons.items():
-            report.skip(_layer(name), f"its channels are not its own: {met}")
-        names = [*map(_layer, reasons), *(_layer(one.reader.name) for one in layers)]
-        is_excluded = self.excluded(names)
-        found = []
-        for features in layers:
-            name = _layer(features.reader.name)
-            step = self.multiple or (64 if features.width >= 512 else 8)
-            if is_excluded(name):
-                report.skip(name, "excluded")
-            elif (reason := obstacle([features.reader, *features.makers])) is not None:
-                report.skip(name, reason)
-            elif features.width <= step:
-                report.skip(name, f"has {features.width} channels, and keeps a multiple of {step}")
-            else:
-                found.append(_structure(name, features, step))
-        return found
+        return ffn_layers(linears, self.excluded, self.multiple, report)
 
     def finish(self, structures: Sequence[Structure], context: Context, report: Report) -> None:
         widths = {one.total if one.kept is None else len(one.kept) for one in structures}
@@ -77,28 +59,6 @@ class PruneFfn(Structured):
             report.notes.append("layers have different widths: the config says the one they had")
         elif not _set_width(context.config, before.pop(), widths.pop()):
             report.notes.append("the config names no width of these layers that could follow")
-
-
-def _layer(name: str) -> str:
-    """ "block3.ffn" for "block3.down"."""
-    return name.removesuffix("down") + "ffn" if name.endswith("down") else f"{name}.ffn"
-
-
-def _structure(name: str, features: InnerFeatures, step: int) -> Structure:
-    reader = features.reader
-    stored = reader.nbytes + sum(one.nbytes for one in features.makers)
-    numbers = reader.num_out + sum(part.linear.num_in for part in features.parts)
-
-    def cut(kept: Index, results: dict[int, npt.NDArray[Any]]) -> None:
-        for maker in features.makers:
-            rows = features.rows(maker, kept)
-            for slot in inner_biases(maker):
-                maker.bias = choose_constant(maker.node, slot, rows)
-            cut_rows(maker, rows, results.pop(id(maker.output), None))
-        features.choose_vectors(kept)
-        features.resize(len(kept))
-
-    return Structure(name, reader, 1, features.width, step, numbers, stored / features.width, cut)
 
 
 def _set_width(config: dict[str, Any], before: int, after: int) -> bool:

@@ -21,7 +21,8 @@ from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.pruning._coded import obstacle
 from onnxpress.passes.pruning._heads import is_attention, read_heads
-from onnxpress.passes.pruning._structured import Structure, Structured
+from onnxpress.passes.pruning._layers import Structure
+from onnxpress.passes.pruning._structured import Structured
 
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")

@@ -22,6 +22,7 @@ from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.models.tiny import tiny
+from onnxpress.passes.pruning import _layers
 from onnxpress.passes.pruning.prune_ffn import PruneFfn
 
 Array = np.ndarray
@@ -210,16 +211,16 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
 ) -> None:
     passes, calls, resumed = f"prune_ffn(ratio=0.3, {TEXT})", [], True
     (tmp_path / "work").mkdir()
-    for method in ("_curve", "_fitted"):
-        real = getattr(PruneFfn, method)
+    for owner, method in ((_layers, "curve"), (PruneFfn, "_fitted")):
+        real = getattr(owner, method)
 
-        def watched(self: PruneFfn, *arguments: Any, real: Any = real, method: str = method) -> Any:
+        def watched(*arguments: Any, real: Any = real, method: str = method) -> Any:
             if len(calls) == moment and not resumed:
                 raise Killed
             calls.append(method)
-            return real(self, *arguments)
+            return real(*arguments)
 
-        monkeypatch.setattr(PruneFfn, method, watched)
+        monkeypatch.setattr(owner, method, watched)
     want, broken, again = decoder(), decoder(), decoder()
     run(want, passes, work_dir=tmp_path / "work")
     everything, resumed = list(calls), False
