@@ -145,10 +145,13 @@ class Savings:
     channels: list[float] = field(default_factory=list)
 
     def narrowed(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """What a layer saves that loses these shares of its channels; on lines between and behind what was measured."""
-        x, y = [0.0, *self.shares], [0.0, *self.channels]
-        slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-        return np.asarray(np.interp(shares, x, y) + np.maximum(shares - x[-1], 0.0) * slope, np.float64)
+        """What a layer saves that loses these shares of its channels: a line through what was measured.
+
+        Work is proportional to channels, while a single measurement is wrong by more than kernels are uneven; a table
+        with an error in it would draw all layers to the same few sizes.
+        """
+        x, y = np.array(self.shares), np.array(self.channels)
+        return shares * max(float(x @ y / (x @ x)), 0.0)
 
 
 def measure(
@@ -176,8 +179,7 @@ def measure(
     for kind, plan, number in variants.context.track(plans, f"prune: what smaller models save of {what}"):
         saved = (1 - variants.share(plan)) / number
         if kind == "channels":
-            # Less work takes no longer: what says so is noise.
-            found.channels.append(max([saved, *found.channels[-1:], 0.0]))
+            found.channels.append(saved)
         else:
             setattr(found, kind, max(saved, 0.0))
     return found
