@@ -72,6 +72,8 @@ TESTS = {
     f"{_QUANTIZATION}/_fitted_errors.py": (f"{_QUANTIZED}/test_fitted_errors.py",),
     f"{_QUANTIZATION}/_calibrated.py": (f"{_QUANTIZED}/test_calibrated.py", f"{_QUANTIZED}/test_gptq.py"),
     "compiler/stats.py": (f"{_QUANTIZED}/test_calibrated.py",),
+    "passes/pruning/prune.py": ("tests/passes/pruning/test_prune.py",),
+    "passes/pruning/_savings.py": ("tests/passes/pruning/test_prune.py",),
 }
 # By file: (what goes wrong, text that occurs once, text that takes its place).
 MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -491,6 +493,24 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("one token a feature is enough", "_TOKENS_PER_FEATURE = 5", "_TOKENS_PER_FEATURE = 1"),
         ("never scarce", "return max(1.0, _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1))", "return 1.0"),
         ("more than enough", "return max(1.0, _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1))", "return _TOKENS_PER_FEATURE * self.num_in / max(self.count, 1)"),
+    ),
+    "passes/pruning/prune.py": (
+        ("the first choice stands", "_TRIES = 4", "_TRIES = 1"),
+        ("protected sublayers go", "if index in free and not self._excluded(part.name):", "if not self._excluded(part.name):"),
+        ("excluded sublayers go", "if index in free and not self._excluded(part.name):", "if index in free:"),
+        ("layers of the old numbers", "if one.reader.output.name not in removed]", "]"),
+        ("sublayers cost nothing", "options.append((costs.get(index, 0.0), gain, 0))", "options.append((0.0, gain, 0))"),
+        ("attention saves what feed-forward does", "savings.attention if parts[index].has_attention else savings.feed_forward", "savings.feed_forward"),
+        ("out of reach unsaid", "if most >= needed and most > 0:", "if True:"),
+        ("missed unsaid", "if missed and self.kl is None:", "if False:"),
+        ("costs worked out again", "record = section.read(str(index), digest)", "record = None"),
+    ),
+    "passes/pruning/_savings.py": (
+        ("nothing follows", "if self.then:", "if False:"),
+        ("channels stay in the variant", "if count < one.total:", "if False:"),
+        ("sublayers stay in the variant", "if plan.gone:", "if False:"),
+        ("all of a kind for one", "plans.append((kind, Plan(half), len(half)))", "plans.append((kind, Plan(half), 1))"),
+        ("upside down", "seconds[id(other)] / seconds[id(whole)]", "seconds[id(whole)] / seconds[id(other)]"),
     ),
 }  # fmt: skip
 

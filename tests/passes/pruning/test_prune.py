@@ -22,6 +22,7 @@ from onnxpress.compiler.journal import Journal
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.optimize import optimize
 from onnxpress.compiler.pass_ import Context, Report, weight_bytes
+from onnxpress.compiler.sensitivity import Sensitivity
 from onnxpress.models.directory import find_graph
 from onnxpress.passes.pruning import _layers, _savings
 from onnxpress.passes.pruning._parts import find_parts
@@ -247,6 +248,10 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(tmp_path: Path, monk
     passes = f"prune(speedup=1.3, {TEXT})"
     run(want, passes)
     real, calls = _layers.curve, []
+    distance, costs = Sensitivity.distance, []
+    monkeypatch.setattr(
+        Sensitivity, "distance", lambda self, new, *gone: costs.append(bool(new)) or distance(self, new, *gone)
+    )
 
     def watched(*arguments: Any) -> Any:
         calls.append(1)
@@ -261,6 +266,15 @@ def test_a_run_that_was_killed_goes_on_with_the_same_result(tmp_path: Path, monk
     run(again, passes, journal=Journal(tmp_path))
     assert len(calls) == 13 + 4, "six layers, of which two were done"
     assert graphs.text(again) == graphs.text(want)
+    assert costs.count(False) == 6, "each sublayer that may go, once"
+
+
+def test_savings_are_of_one_of_a_kind() -> None:
+    model = deep()
+    context = Context(stopwatch=Clock(attention_counts))
+    found = _savings.measure(_savings.Variants(model, context, "", None, "decode", 1), [4, 6, 8], [], [])
+    assert found.attention == pytest.approx(1 / 7)
+    assert np.isnan(found.feed_forward)
 
 
 def test_a_real_clock_times_real_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
