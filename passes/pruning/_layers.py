@@ -147,7 +147,9 @@ def price(
         pass_.name(), "costs", str(pass_), context.target.name, identity(type(pass_)), state, probed
     )
     of_reader = {id(one.reader): one for one in found}
-    few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
+    count = max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)
+    # Costs are probed on the beginning of the text: what was fitted to it would seem to cost half as much.
+    few = windows[1 : 1 + count] or windows
     with Calibration(model, few, wanted, context.work_dir) as run:
         for number, stage in enumerate(context.track(run.stages, f"{pass_.name()}: what each size costs")):
             digest = run.digest(stage)
