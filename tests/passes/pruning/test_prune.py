@@ -161,9 +161,9 @@ def test_what_follows_counts_in() -> None:
 
 def test_a_loss_is_kept_to() -> None:
     small, large = deep(), deep()
-    reports = [run(small, f"prune(kl=0.0015, {TEXT})"), run(large, f"prune(kl=0.01, {TEXT})")]
-    assert reports[0].metrics["expected_kl"] <= 0.0015
-    assert reports[0].metrics["expected_kl"] < reports[1].metrics["expected_kl"] <= 0.01
+    reports = [run(small, f"prune(kl=0.004, {TEXT})"), run(large, f"prune(kl=0.03, {TEXT})")]
+    assert reports[0].metrics["expected_kl"] <= 0.004
+    assert reports[0].metrics["expected_kl"] < reports[1].metrics["expected_kl"] <= 0.03
     assert reports[0].metrics["decode_speedup"] < reports[1].metrics["decode_speedup"]
     with pytest.raises(OptionError, match="cannot be met, the least that anything costs is") as caught:
         run(deep(), f"prune(kl=1e-12, {TEXT})")

@@ -248,7 +248,7 @@ def test_weights_that_are_not_finite_stay() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "expected one of ratio, size and kl, got none"),
+        ("", "expected one of ratio, size, kl and counts, got none"),
         ("ratio=0.2, size='1MB'", "got ratio and size"),
         ("ratio=1.2", "ratio must be between 0 and 1"),
         ("size='much'", "size must be a size such as '90MB'"),
@@ -373,3 +373,26 @@ def test_a_factor_for_all_channels_is_no_maker_of_them() -> None:
     report = run(model, f"prune_ffn(ratio=0.25, allocation='uniform', {TEXT})")
     assert "makes something else too" in {skip.site: skip.reason for skip in report.skipped}["block0.ffn"]
     graphs.logits(model)
+
+
+def test_counts_say_what_each_layer_keeps() -> None:
+    by_ratio, by_counts = decoder(), decoder()
+    run(by_ratio, f"prune_ffn(ratio=0.3, {TEXT})")
+    widths = [one.num_in for one in find_linears(by_ratio) if one.kind == "down"]
+    run(by_counts, f"prune_ffn(counts={tuple(widths)!r}, {TEXT})")
+    assert graphs.text(by_counts) == graphs.text(by_ratio)
+
+
+@pytest.mark.parametrize(
+    "counts, message, hint",
+    [
+        ("(8,)", "one number for each of 2 layers, got 1", "counts=(64, 64,)"),
+        ("(8, 13)", "block1.ffn has 64 channels, and can keep a multiple of 8, got 13", "the nearest is 16"),
+        ("(8, 0)", "counts must be numbers of at least 1", None),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(counts: str, message: str, hint: str | None) -> None:
+    with pytest.raises(OptionError) as caught:
+        run(decoder(), f"prune_ffn(counts={counts}, {TEXT})")
+    assert message in caught.value.message
+    assert hint is None or hint in str(caught.value.hint)
