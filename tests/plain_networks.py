@@ -128,9 +128,8 @@ class Grouped(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.stem(x))
         y = torch.relu(self.grouped(x))
-        n, c, h, w = y.shape
-        y = y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        left, right = self.mixed(y).chunk(2, 1)
+        y = y.reshape(-1, 2, 16, 8, 8).transpose(1, 2).reshape(-1, 32, 8, 8)
+        left, right = self.mixed(y).split(16, 1)
         y = self.slope(self.norm(left)) * torch.sigmoid(right)
         x = nn.functional.interpolate(x, scale_factor=2.0)
         return self.head(torch.relu(self.last(torch.cat([self.up(y), x], 1))))

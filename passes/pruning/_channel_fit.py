@@ -109,8 +109,10 @@ def part(w_NK: npt.NDArray[np.floating], covariance: Floats, places: Index) -> _
     energy = float(
         (np.square(w) * covariance).sum() if covariance.ndim == 1 else np.einsum("nk,nk->", w @ covariance, w)
     )
-    inverse = covariance if covariance.ndim == 1 else np.linalg.inv(covariance)
-    return _Part(w, inverse if inverse.ndim == 1 else (inverse + inverse.T) / 2, places, energy or 1.0)
+    if covariance.ndim == 1:
+        return _Part(w, covariance, places, energy or 1.0)
+    inverse = np.asarray(np.linalg.inv(covariance), np.float64)
+    return _Part(w, (inverse + inverse.T) / 2, places, energy or 1.0)
 
 
 def eliminate_together(
@@ -215,7 +217,7 @@ class Data:
 def measure(
     model: ir.Model, walk: Walk, groups: list[Group], data: Data, context: Context, report: Report
 ) -> list[Group]:
-    """Fills in losses of all groups by what their readers lose; those of which some reader sees no numbers are left out."""
+    """Fills in losses of groups by what their readers lose; those of which a reader sees no numbers are left out."""
     readers = [one for one in find_readers(walk) if _reads(one, walk, groups)]
     seen: dict[int, list[Moments]] = {}
     by_end: dict[int, list[Reader]] = {}

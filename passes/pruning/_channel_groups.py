@@ -33,7 +33,6 @@ class Group:
         makers: names of all of these.
         roots: [G], the labels that stand for them.
         cuts: where they stand: numbers of `Walk.cuts`.
-        work: multiplications that one channel takes part in, each once; weights where sizes are not known.
         counts: numbers of channels that may be left, from all of them to the fewest.
         losses: at each of `counts`, relative.
         kept: at each of `counts`, which of the channels are left, ascending.
@@ -43,7 +42,6 @@ class Group:
     makers: list[str]
     roots: Labels
     cuts: list[int]
-    work: float = 0.0
     counts: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     kept: list[npt.NDArray[np.integer]] = field(default_factory=list)
@@ -90,21 +88,10 @@ def find_groups(walk: Walk, report: Report) -> list[Group]:
         if not any(one.role == "column" for one in cuts):
             stays.setdefault(name, _UNREAD)
             continue
-        work = sum(_work(walk, walk.cuts[number]) * times for number, times in signature)
-        groups.append(Group(name, makers, np.sort(np.array(roots)), [number for number, _ in signature], work))
+        groups.append(Group(name, makers, np.sort(np.array(roots)), [number for number, _ in signature]))
     for name, reason in stays.items():
         report.skip(name, reason)
     return groups
-
-
-def _work(walk: Walk, cut: Cut) -> float:
-    """Multiplications of one place along the axis of a matrix; 0 for vectors."""
-    tensor = constant_of(cut.node.inputs[cut.slot])
-    shape = walk.shape(cut.node.outputs[0]) or ()
-    if tensor is None or len(tensor.shape) < 2 or cut.node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return 0.0
-    space = shape[2:] if "Conv" in cut.node.op_type else shape[1:-1]
-    return float(tensor.size) / len(cut.labels) * math.prod(one or 1 for one in space)
 
 
 def weigh(walk: Walk, groups: Sequence[Group]) -> None:

@@ -30,8 +30,8 @@ def _concat(walk: Walk, node: ir.Node) -> bool:
     if node.attributes["axis"].as_int() % rank != axis:
         if len(known) < len(states):
             return False
-        for state in known[1:]:
-            walk.join(known[0].labels, state.labels)
+        for other in known[1:]:
+            walk.join(known[0].labels, other.labels)
         walk.give(node.outputs[0], axis, known[0].labels)
         return True
     parts: list[Labels] = []
@@ -247,7 +247,7 @@ def _reshape(walk: Walk, node: ir.Node) -> bool:
 
 
 def _target(walk: Walk, node: ir.Node, axis: int) -> tuple[ir.Node, int, int, int] | None:
-    """(node, input, place, number) of the constant that is a Reshape's target along an axis, None when there is none."""
+    """(node, input, place, number) of the constant that is a Reshape's target along an axis, or None."""
     numbers = _numbers(node.inputs[1])
     if numbers is not None:
         return node, 1, axis, numbers[axis]
@@ -454,7 +454,8 @@ def _product(sizes: Sequence[int | None]) -> int | None:
 
 
 _REDUCTIONS = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"),
+    *("ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
 )
 RULES: dict[str, Callable[[Walk, ir.Node], bool]] = {
     "Concat": _concat,
@@ -471,5 +472,5 @@ RULES: dict[str, Callable[[Walk, ir.Node], bool]] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Upsample": _resize,
-    **dict.fromkeys(_REDUCTIONS.split(), _reduce),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
 }

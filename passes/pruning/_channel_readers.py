@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,8 @@ class Reader:
         shape = self.weight.shape
         if self.node.op_type == "Conv" or (self.cut.axis == 1 and self.node.op_type != "ConvTranspose"):
             return w_PNK.reshape(shape)
-        return w_PNK[0].T.reshape(shape)
+        turned: Array = w_PNK[0].T.reshape(shape)
+        return turned
 
     def samples(self, x: npt.NDArray[np.floating], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Places at which outputs are compared, at most `count`: numbers of positions, ascending."""
@@ -133,7 +135,8 @@ class Reader:
             steps = np.arange(self.kernel[axis]) * dilations[axis]
             at = (place * strides[axis])[:, None] + steps
             index.append(at.reshape(len(places), *(1,) * axis, -1, *(1,) * (rank - axis - 1)))
-        found = padded[(batch.reshape(-1, *(1,) * rank), slice(None), *index)]  # [T, *kernel, C]
+        at_all: tuple[Any, ...] = (batch.reshape(-1, *(1,) * rank), slice(None), *index)
+        found = padded[at_all]  # [T, *kernel, C]
         whole = np.moveaxis(found, -1, 1).reshape(len(places), self.parts, -1)
         return np.ascontiguousarray(whole.transpose(1, 0, 2), np.float32)
 

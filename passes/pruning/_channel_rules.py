@@ -17,16 +17,18 @@ from onnxpress.passes.pruning._channel_walk import Alive, Channels, Labels, Walk
 
 _DOMAINS = ("", "ai.onnx")
 # Operators that treat every element alone, whatever further inputs (bounds, a share to drop) they have.
-_ALONE = frozenset(
-    "Abs Acos Asin Atan Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN "
-    "LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Softplus Softsign Sqrt Swish Tan Tanh "
-    "ThresholdedRelu".split()
+_ALONE = (
+    *("Abs", "Acos", "Asin", "Atan", "Cast", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf"),
+    *("Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign"),
+    *("Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu"),
 )
 _MICROSOFT_ALONE = frozenset(("Gelu", "FastGelu", "QuickGelu"))
-_TOGETHER = frozenset(
-    "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor".split()
+_TOGETHER = (
+    *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean"),
+    *("Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor"),
 )
-_POOLS = frozenset("AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool".split())
+_POOLS = (*("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"),)
 
 
 def follow(walk: Walk, node: ir.Node) -> bool:
@@ -77,7 +79,7 @@ def together(walk: Walk, node: ir.Node, slots: range) -> bool:
     ):
         return False
     labels = wide[0][1].labels
-    for slot, state in states:
+    for _, state in states:
         if len(state.labels) == width:
             walk.join(labels, state.labels)
         else:
@@ -131,7 +133,7 @@ def _depthwise(walk: Walk, node: ir.Node, state: Channels | None, rows: int, gro
 
 def _alike(walk: Walk, labels: Labels, groups: int) -> Labels:
     """Of a grouped convolution all groups lose channels of the same numbers; labels of one group."""
-    parts = labels.reshape(groups, -1)
+    parts: list[Labels] = list(labels.reshape(groups, -1))
     for part in parts[1:]:
         walk.join(parts[0], part)
     return parts[0]

@@ -118,7 +118,7 @@ class Walk:
         self.channels[id(value)] = Channels(axis, labels)
 
     def cut(self, node: ir.Node, slot: int, axis: int, labels: Labels, role: str) -> None:
-        """A constant bears labels; a matrix that several nodes read has the same in all of them, so that it stays one."""
+        """A constant bears labels; a matrix that several nodes read has the same in all, so that it stays one."""
         self.cuts.append(Cut(node, slot, axis, labels, role))
         value = node.inputs[slot]
         assert value is not None
@@ -148,7 +148,10 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor of an initializer or Constant that no caller can replace."""
     if value is None or value.is_graph_input():
         return None
-    return ir.convenience.get_const_tensor(value)
+    maker = value.producer()
+    held = maker.attributes.get("value") if maker is not None and maker.op_type == "Constant" else None
+    # `get_const_tensor` would give the attribute's tensor a name.
+    return held.as_tensor() if held is not None else ir.convenience.get_const_tensor(value)
 
 
 def name_of(node: ir.Node) -> str:
@@ -212,7 +215,7 @@ def infer_shapes(model: ir.Model) -> dict[int, Shape]:
             inline = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
             proto.graph.initializer.append(ir.to_proto(inline))
         else:
-            weight = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            weight = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype))
             proto.graph.input.append(ir.to_proto(weight))
     proto.graph.node.extend(ir.to_proto(node) for node in graph)
     outputs = {value.name for value in graph.outputs}

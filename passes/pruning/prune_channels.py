@@ -4,7 +4,7 @@ What hangs together goes together: the channels of a residual stream in all conv
 depthwise convolution, a norm, a gate. The graph stays an ordinary one of the same operators with smaller matrices.
 
 Paper:   arXiv:2301.12900 (DepGraph), arXiv:1707.06342 (ThiNet)
-Differs: labels for places along axes instead of edges; channels are judged, and made up for, by the outputs of all their readers
+Differs: labels for places along axes instead of edges; all readers of a channel judge it, and make up for it
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler import sizes
-from onnxpress.compiler.allocation import Option, allocate
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
@@ -45,7 +44,6 @@ class PruneChannels(Pass):
 
     ratio: float | None = None  # share of the channels to remove, in (0, 1)
     size: str | None = None  # of the model's files together, instead: "10MB" is 10,000,000 bytes
-    allocation: Literal["uniform", "loss"] = "uniform"  # every group alike, or most where outputs lose least
     exclude: tuple[str, ...] = ()  # patterns of names of nodes whose channels stay: "/layer1/*"
     multiple: int = 8  # what numbers of channels are a multiple of afterwards, where they are cut
     refit: bool = True  # with calibration data: fit what reads fewer channels to what it gave before
@@ -169,7 +167,7 @@ class PruneChannels(Pass):
     def _choose(self, walked: Walk, groups: Sequence[Group], besides: float) -> list[int]:
         """Which of its counts each group gets."""
         if self.size is None:
-            chosen = self._share(groups, self.ratio or 0.0)
+            chosen = [_nearest(group, self.ratio or 0.0) for group in groups]
             if not any(chosen):
                 nearest = min((group.total - group.counts[1]) / 2 / group.total for group in groups)
                 raise OptionError(
@@ -182,7 +180,7 @@ class PruneChannels(Pass):
         best = [len(group.counts) - 1 for group in groups]
         for _ in range(20):
             middle = (low + high) / 2
-            chosen = self._share(groups, middle)
+            chosen = [_nearest(group, middle) for group in groups]
             if besides - bytes_saved(walked, _gone(groups, chosen)) <= asked:
                 high, best = middle, chosen
             else:
@@ -191,21 +189,9 @@ class PruneChannels(Pass):
 
     def _thin(self, group: Group) -> None:
         """Leaves out counts that are not asked for: each costs time."""
-        last = _nearest(group, self.ratio) if self.allocation == "uniform" and self.ratio else len(group.counts) - 1
+        last = len(group.counts) - 1 if self.ratio is None else _nearest(group, self.ratio)
         step = max(1, -(-last // _STEPS))
         group.counts = [group.counts[index] for index in sorted({0, *range(last, 0, -step)})]
-
-    def _share(self, groups: Sequence[Group], ratio: float) -> list[int]:
-        """Which counts remove this share of the channels."""
-        if self.allocation == "uniform":
-            return [_nearest(group, ratio) for group in groups]
-        # A channel counts by the multiplications that it takes part in.
-        options = [
-            [Option(loss, round(count * group.work)) for count, loss in zip(group.counts, group.losses, strict=True)]
-            for group in groups
-        ]
-        whole = sum(some[0].nbytes for some in options)
-        return allocate(options, (1 - ratio) * whole) or [len(group.counts) - 1 for group in groups]
 
     def _tell(
         self, groups: Sequence[Group], chosen: Sequence[int], report: Report, saved: float, *, fitted: bool
@@ -214,7 +200,7 @@ class PruneChannels(Pass):
         after = sum(group.counts[index] for group, index in zip(groups, chosen, strict=True))
         for group, index in zip(groups, chosen, strict=True):
             if index == 0:
-                report.skip(group.name, "stays whole: no smaller number is worth what it costs")
+                report.skip(group.name, f"stays whole: that is the nearest at multiples of {self.multiple}")
                 continue
             facts = {"channels_before": group.total, "channels_after": group.counts[index], "loss": group.losses[index]}
             report.change(group.name, **facts, nodes=group.makers)
