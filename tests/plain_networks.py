@@ -199,3 +199,36 @@ def export(made: nn.Module, sample: torch.Tensor, **options: Any) -> ir.Model:
         **options,
     )
     return ir.from_proto(onnx.load_from_string(file.getvalue()))
+
+
+def patterns(count: int, seed: int, kinds: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [count, 3, 16, 16] and what each shows: a pattern, shifted, over half of another, and noise."""
+    shapes = torch.randn(kinds, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(seed)
+    classes, others = torch.randint(0, kinds, (2, count), generator=generator)
+    images = nn.functional.interpolate(shapes[classes] + 0.5 * shapes[others], (16, 16), mode="bilinear")
+    shifts = torch.randint(-4, 5, (count, 2), generator=generator).tolist()
+    images = torch.stack([torch.roll(one, tuple(shift), (1, 2)) for one, shift in zip(images, shifts, strict=True)])
+    return images + torch.randn(images.shape, generator=generator), classes
+
+
+def trained(name: str, steps: int, kinds: int = 20) -> nn.Module:
+    """A network that has learned to tell patterns apart."""
+    torch.manual_seed(0)
+    made = NETWORKS[name]()
+    *_, last = (one for one in made.modules() if isinstance(one, nn.Linear))
+    parent = made.get_submodule("classifier") if name == "flat" else made
+    setattr(parent, "6" if name == "flat" else "head", nn.Linear(last.in_features, kinds))
+    images, classes = patterns(4000, seed=100, kinds=kinds)
+    optimizer = torch.optim.AdamW(made.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    made.train()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(0, len(images), (32,), generator=generator)
+        loss = nn.functional.cross_entropy(made(images[batch]), classes[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return made.eval()

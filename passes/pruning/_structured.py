@@ -48,6 +48,7 @@ Index = npt.NDArray[np.integer]
 _RUINED = 1e6  # cost of a layer without which the outputs are not finite
 _PROBED = 0.25  # share of the structures that is gone while the cost of a layer is measured, unless a ratio says
 _LEAST = 1e-6  # of the energy at the outputs of a layer
+_TOKENS_PER_SAMPLE = 64  # an image counts as so many of the tokens that options ask for
 _PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
 
 
@@ -175,8 +176,7 @@ class Structured(Pass):
             )
         for one in found:
             one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
-        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
-        windows = feeds(model.graph, ids_WS)
+        windows = self._windows(model, context, report)
         if self.allocation == "uniform":
             for one in found:
                 one.count = one.nearest(self.ratio or 0.0)
@@ -191,6 +191,14 @@ class Structured(Pass):
         self.finish(found, context, report)
         self._sum_up(found, report, is_kl=is_kl)
         return report
+
+    def _windows(self, model: ir.Model, context: Context, report: Report) -> list[dict[str, Any]]:
+        """Inputs of the model: samples that the user gave (images, sound), or calibration text."""
+        if context.arrays:
+            windows, report.calibration = context.arrays.windows(model.graph, max(1, self.tokens // _TOKENS_PER_SAMPLE))
+            return windows
+        ids_WS, report.calibration = context.calibration.windows(self.tokens, self.length)
+        return feeds(model.graph, ids_WS)
 
     def _check_size(self, found: list[Structure], besides: float) -> None:
         """Raises OptionError for a size that the model has without this pass, or cannot have, before text is read."""
@@ -221,7 +229,10 @@ class Structured(Pass):
         sensitivity: Sensitivity | None = None
         probed = ""
         if self.allocation == "kl":
-            sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
+            if context.arrays:
+                sensitivity, facts = Sensitivity(model, windows[0], wanted), report.calibration
+            else:
+                sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, self.probe, wanted)
             report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
             probed = str(facts["sha256"])
             if self.kl is not None and sensitivity.measure != "KL divergence":
@@ -234,7 +245,10 @@ class Structured(Pass):
             self.name(), "costs", str(self), context.target.name, identity(type(self)), state, probed
         )
         of_reader = {id(one.reader): one for one in found}
-        few = windows[: max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)]
+        each = _TOKENS_PER_SAMPLE * len(next(iter(windows[0].values())))
+        if not context.arrays:
+            each = windows[0]["input_ids"].size
+        few = windows[: max(1, _PRICED_TOKENS // each)]
         with Calibration(model, few, wanted, context.work_dir) as run:
             for number, stage in enumerate(context.track(run.stages, f"{self.name()}: what each size costs")):
                 digest = run.digest(stage)

@@ -18,6 +18,7 @@ from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.pruning import _channel_fit as fitting
 from onnxpress.passes.pruning._channel_groups import alive_without, find_groups, weigh
+from onnxpress.passes.pruning._channel_readers import find_readers
 from onnxpress.passes.pruning._channel_rules import follow
 from onnxpress.passes.pruning._channel_walk import Walk, name_of, walk
 from onnxpress.passes.pruning.prune_channels import PruneChannels
@@ -30,7 +31,7 @@ def exported(name: str) -> ir.Model:
     return plain_networks.export(plain_networks.network(name), plain_networks.inputs(name, 2))
 
 
-def samples(name: str, count: int = 256) -> Context:
+def samples(name: str, count: int = 96) -> Context:
     return Context(arrays=CalibrationArrays({"x": plain_networks.inputs(name, count, seed=3).numpy()}, "samples"))
 
 
@@ -315,3 +316,59 @@ def test_what_cannot_be_is_refused_with_the_nearest(options: str, message: str, 
 def test_the_nearest_that_is_told_can_be_had() -> None:
     for ratio in (0.687, 0.126):
         assert PruneChannels(ratio=ratio).run(exported("residual"), Context()).changed
+
+
+@pytest.mark.parametrize(
+    "size, kernel, attributes",
+    [
+        (
+            (2, 4, 9, 8),
+            (6, 4, 3, 2),
+            "kernel_shape = [3, 2], strides = [2, 1], pads = [1, 0, 0, 1], dilations = [1, 2]",
+        ),
+        ((2, 4, 9, 8), (6, 2, 3, 3), "kernel_shape = [3, 3], group = 2, auto_pad = 'SAME_UPPER', strides = [2, 2]"),
+        ((2, 4, 9, 8), (6, 4, 2, 2), "kernel_shape = [2, 2], auto_pad = 'SAME_LOWER'"),
+        ((2, 4, 9), (6, 4, 3), "kernel_shape = [3], pads = [2, 0], dilations = [2]"),
+        ((1, 4, 3, 4, 5), (6, 4, 2, 2, 2), "kernel_shape = [2, 2, 2], auto_pad = 'VALID'"),
+    ],
+)
+def test_patches_times_matrix_is_the_convolution(
+    size: tuple[int, ...], kernel: tuple[int, ...], attributes: str
+) -> None:
+    attributes = attributes.replace("'", '"')
+    shape = ", ".join(map(str, size))
+    model = ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["": 18]>
+        net (float[{shape}] x) => (float y) {{
+            h = Conv <kernel_shape = {[1] * (len(size) - 2)}> (x, first)
+            y = Conv <{attributes}> (h, w)
+        }}""")
+    add_weights(model, w=kernel, first=(4, 4, *[1] * (len(size) - 2)))
+    x = np.random.default_rng(1).standard_normal(size).astype(np.float32)
+    model.graph.outputs.append(model.graph[0].outputs[0])
+    model.graph.outputs[1].dtype = ir.DataType.FLOAT
+    found = graphs.run(model, {"x": x})
+    reader = find_readers(walk(model, follow))[-1]
+    places = reader.samples(found["h"], 10**6, np.random.default_rng(0))
+    rows = np.concatenate(
+        [w_NK @ x_TK.T for w_NK, x_TK in zip(reader.matrices(), reader.patches(found["h"], places), strict=True)]
+    )
+    expected = np.moveaxis(found["y"], 1, 0).reshape(len(rows), -1)
+    np.testing.assert_allclose(rows, expected, atol=1e-4)
+    assert np.array_equal(reader.stored(reader.matrices()), reader.weight)
+
+
+def test_a_trained_network_keeps_most_of_its_accuracy() -> None:
+    made = plain_networks.trained("inverted", 200, kinds=5)
+    images, classes = plain_networks.patterns(500, seed=7, kinds=5)
+    seen = CalibrationArrays({"x": plain_networks.patterns(128, seed=100, kinds=5)[0].numpy()}, "images")
+
+    def share(options: str) -> float:
+        model = plain_networks.export(made, images[:2])
+        if options:
+            run(model, options, Context(arrays=seen))
+        return float((outputs(model, images).argmax(1) == classes.numpy()).mean())
+
+    whole = share("")
+    assert whole > 0.7
+    assert share("ratio=0.3, multiple=4") > whole - 0.05
+    assert share("ratio=0.3, multiple=4, refit=False") < whole - 0.1
