@@ -126,13 +126,15 @@ class PruneChannels(Pass):
             windows, report.calibration = context.arrays.windows(model.graph, self.samples)
             return fitting.Data(windows, self.positions)
         reads_text = any(value.name == "input_ids" for value in model.graph.inputs)
+        if reads_text:
+            report.notes.append("prune_ffn and prune_heads measure what a layer of a text model costs its predictions")
         if reads_text and context.calibration.is_text:
             ids_WS, report.calibration = context.calibration.windows(self.samples * _LENGTH, _LENGTH)
-            report.notes.append("prune_ffn and prune_heads measure what a layer of a text model costs its predictions")
             return fitting.Data(feeds(model.graph, ids_WS), self.positions)
-        report.notes.append(
-            "by weights alone, and nothing makes up for what is gone: give --calibration data.npz (an array per input)"
+        missing = (
+            "the model has no tokenizer.json" if reads_text else "give --calibration data.npz (an array per input)"
         )
+        report.notes.append(f"by weights alone, and nothing makes up for what is gone: {missing}")
         return None
 
     def _check(self, walked: Walk, groups: Sequence[Group], besides: float) -> None:
