@@ -82,7 +82,7 @@ class CalibrationArrays:
     def _batch(graph: ir.Graph) -> int | None:
         """The size of a batch that the graph fixes."""
         sizes = [value.shape[0] for value in _needed(graph) if value.shape is not None and len(value.shape)]
-        return next((int(one) for one in sizes if isinstance(one, int)), None)
+        return next((int(one) for one in sizes if isinstance(one, int) and one > 0), None)  # some write -1 for any
 
     def _bound(self, graph: ir.Graph) -> dict[str, Array]:
         """The array of each input that the graph needs, of the type that it reads."""
@@ -103,7 +103,8 @@ class CalibrationArrays:
             if shape is not None and (
                 len(shape) != array.ndim
                 or any(
-                    isinstance(dim, int) and dim != size for dim, size in zip(shape[1:], array.shape[1:], strict=True)
+                    isinstance(dim, int) and 0 < dim != size
+                    for dim, size in zip(shape[1:], array.shape[1:], strict=True)
                 )
                 or (isinstance(shape[0], int) and len(array) < shape[0])
             ):

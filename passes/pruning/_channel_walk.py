@@ -237,4 +237,4 @@ def _opsets(graph: ir.Graph) -> list[tuple[str, int]]:
 def _dims(info: Any) -> Shape | None:
     if info is None or not info.type.tensor_type.HasField("shape"):
         return None
-    return tuple(one.dim_value if one.HasField("dim_value") else None for one in info.type.tensor_type.shape.dim)
+    return tuple(one.dim_value if one.dim_value > 0 else None for one in info.type.tensor_type.shape.dim)

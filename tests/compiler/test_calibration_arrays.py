@@ -49,6 +49,12 @@ def test_windows_leave_an_eighth_out() -> None:
     assert facts["windows"] == [4, 8]
 
 
+def test_some_write_any_size_as_minus_one() -> None:
+    graph = ir.Graph([ir.val("x", ir.DataType.FLOAT, [-1, 3, -1])], [], nodes=[])
+    windows, _ = CalibrationArrays({"x": np.zeros((16, 3, 5))}, "samples").windows(graph, 100)
+    assert [window["x"].shape for window in windows] == [(8, 3, 5)]
+
+
 def test_a_fixed_batch_and_another_name_of_the_only_input() -> None:
     windows, _ = CalibrationArrays({"images": np.zeros((5, 3))}, "samples").windows(ONE, 100)
     assert [window["x"].shape for window in windows] == [(2, 3), (2, 3)]
