@@ -423,8 +423,13 @@ def forget(graph: ir.Graph, value: ir.Value | None) -> None:
     """Removes a constant that nothing reads any more, initializer or node."""
     drop_unused(graph, value)
     maker = None if value is None else value.producer()
-    if maker is not None and maker.op_type == "Constant" and value is not None and not value.uses():
+    if maker is None or value is None or value.uses() or value.is_graph_output():
+        return
+    if maker.op_type in ("Constant", "Identity"):
+        sources = list(maker.inputs)
         graph.remove(maker, safe=True)
+        for one in sources:
+            forget(graph, one)
 
 
 def _axes(node: ir.Node) -> list[int] | None:

@@ -105,7 +105,7 @@ def _meet(walk: Walk, node: ir.Node, slot: int, shape: tuple[int | None, ...], e
 
 def _conv(walk: Walk, node: ir.Node) -> bool:
     state, weight = walk.of(node.inputs[0]), constant_of(node.inputs[1])
-    if weight is None or (state is not None and state.axis != 1):
+    if weight is None or _adds_unknown(node) or (state is not None and state.axis != 1):
         return False
     rows, columns, *_ = (int(one) for one in weight.shape.numpy())
     groups = _int(node, "group", 1)
@@ -139,9 +139,14 @@ def _alike(walk: Walk, labels: Labels, groups: int) -> Labels:
     return parts[0]
 
 
+def _adds_unknown(node: ir.Node) -> bool:
+    """Whether a bias is computed, so that nothing can be cut from it."""
+    return len(node.inputs) > 2 and node.inputs[2] is not None and constant_of(node.inputs[2]) is None
+
+
 def _conv_transpose(walk: Walk, node: ir.Node) -> bool:
     state, weight = walk.of(node.inputs[0]), constant_of(node.inputs[1])
-    if weight is None or (state is not None and state.axis != 1):
+    if weight is None or _adds_unknown(node) or (state is not None and state.axis != 1):
         return False
     channels, columns, *_ = (int(one) for one in weight.shape.numpy())
     groups = _int(node, "group", 1)
@@ -160,7 +165,7 @@ def _gemm(walk: Walk, node: ir.Node) -> bool:
             if (other := walk.of(one)) is not None:
                 walk.freeze(other.labels, blame(node, "multiplies two activations"))
         return False
-    if weight is None or (state is not None and (_int(node, "transA", 0) or state.axis != 1)):
+    if weight is None or _adds_unknown(node) or (state is not None and (_int(node, "transA", 0) or state.axis != 1)):
         return False
     turned = _int(node, "transB", 0)
     rows = int(weight.shape.numpy()[0 if turned else 1])
@@ -169,9 +174,7 @@ def _gemm(walk: Walk, node: ir.Node) -> bool:
     labels = walk.new(rows)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     sizes = walk.shape(bias)
-    if bias is not None and (sizes is None or (sizes and sizes[-1] != 1 and constant_of(bias) is None)):
-        walk.freeze(labels, blame(node, "adds what is not a constant"))
-    elif bias is not None and sizes and sizes[-1] == rows:
+    if bias is not None and sizes and sizes[-1] == rows:
         walk.cut(node, 2, len(sizes) - 1, labels, "vector")
     walk.cut(node, 1, 0 if turned else 1, labels, "row")
     walk.give(node.outputs[0], 1, labels)
@@ -202,10 +205,7 @@ def _produce(walk: Walk, node: ir.Node, axis: int, labels: Labels, out_axis: int
     walk.cut(node, 1, axis, labels, role)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        if constant_of(bias) is None:
-            walk.freeze(labels, blame(node, f"adds {bias.name}, which is not a constant"))
-        else:
-            walk.cut(node, 2, 0, labels, "vector")
+        walk.cut(node, 2, 0, labels, "vector")
     walk.give(node.outputs[0], out_axis, labels)
 
 

@@ -149,6 +149,8 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if value is None or value.is_graph_input():
         return None
     maker = value.producer()
+    if maker is not None and maker.op_type == "Identity":  # torch's exporter stores equal weights once
+        return constant_of(maker.inputs[0])
     held = maker.attributes.get("value") if maker is not None and maker.op_type == "Constant" else None
     # `get_const_tensor` would give the attribute's tensor a name.
     return held.as_tensor() if held is not None else ir.convenience.get_const_tensor(value)

@@ -260,6 +260,29 @@ def test_weights_that_several_layers_share_stay_one() -> None:
     valid(model)
 
 
+def test_a_bias_that_is_computed_and_one_that_is_stored_once() -> None:
+    """Of what is added unknown nothing is cut; torch's exporter reads equal weights through Identity."""
+    text = """<ir_version: 8, opset_import: ["": 18]>
+        net (float[n, 3, 8, 8] x, float[16] given) => (float[n, 4, 8, 8] y)
+        {
+            same = Identity (bias)
+            a = Conv (x, w, bias)
+            b = Conv (a, u, OTHER)
+            c = Conv (b, v)
+            y = Conv (c, t)
+        }"""
+    counts = {"same": [(16, 8), (16, 8), (16, 8)], "given": [(16, 8)]}
+    for other, expected in counts.items():
+        model = ir.from_onnx_text(text.replace("OTHER", other))
+        add_weights(model, w=(16, 3, 1, 1), u=(16, 16, 1, 1), v=(16, 16, 3, 3), t=(4, 16, 1, 1), bias=(16,))
+        model.graph[3].attributes["pads"] = ir.AttrInt64s("pads", [1] * 4)
+        x = plain_networks.inputs("flat", 2)[:, :, :8, :8].numpy()
+        report = run(model, "ratio=0.5")
+        assert [(row["channels_before"], row["channels_after"]) for row in report.ledger] == expected
+        assert ("Identity" in {node.op_type for node in model.graph}) == (other == "given")
+        graphs.run(model, {"x": x, "given": np.zeros(16, np.float32)})
+
+
 def test_a_second_run_takes_out_more() -> None:
     model = exported("residual")
     run(model, "ratio=0.25")
