@@ -11,6 +11,7 @@ import onnx_ir as ir
 import plain_networks
 import pytest
 import torch
+from onnx_ir.passes import common
 
 from onnxpress.compiler import obs, pipeline
 from onnxpress.compiler.calibration_arrays import CalibrationArrays
@@ -28,7 +29,9 @@ every_network = pytest.mark.parametrize("name", plain_networks.NETWORKS)
 
 
 def exported(name: str) -> ir.Model:
-    return plain_networks.export(plain_networks.network(name), plain_networks.inputs(name, 2))
+    model = plain_networks.export(plain_networks.network(name), plain_networks.inputs(name, 2))
+    common.ShapeInferencePass()(model)  # so that shapes are declared, which have to follow
+    return model
 
 
 def samples(name: str, count: int = 96) -> Context:
