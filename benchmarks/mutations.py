@@ -74,6 +74,11 @@ TESTS = {
     "compiler/stats.py": (f"{_QUANTIZED}/test_calibrated.py",),
     "passes/pruning/prune.py": ("tests/passes/pruning/test_prune.py",),
     "passes/pruning/_savings.py": ("tests/passes/pruning/test_prune.py",),
+    **{
+        f"passes/pruning/_channel_{name}.py": ("tests/passes/pruning/test_prune_channels.py",)
+        for name in ("fit", "groups", "moves", "readers", "rules", "walk")
+    },
+    "compiler/calibration_arrays.py": ("tests/compiler/test_calibration_arrays.py",),
 }
 # By file: (what goes wrong, text that occurs once, text that takes its place).
 MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -511,6 +516,39 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("sublayers stay in the variant", "if plan.gone:", "if False:"),
         ("all of a kind for one", "plans.append((kind, Plan(half), len(half)))", "plans.append((kind, Plan(half), 1))"),
         ("upside down", "seconds[id(other)] / seconds[id(whole)]", "seconds[id(whole)] / seconds[id(other)]"),
+    ),
+    "passes/pruning/_channel_walk.py": (
+        ("outputs of the model may shrink", "for value in model.graph.outputs:\n        if (last := found.of(value))", "for value in []:\n        if (last := found.of(value))"),
+        ("a shared matrix comes apart", "            if len(known) == len(labels):\n                self.join(known, labels)", "            if len(known) == len(labels):\n                pass"),
+    ),
+    "passes/pruning/_channel_rules.py": (
+        ("what is added need not shrink", "            walk.join(labels, state.labels)", "            pass"),
+        ("groups lose different channels", "        walk.join(parts[0], part)", "        pass"),
+        ("depthwise keeps its groups", "    walk.edit(state.labels, regroup)", "    pass"),
+        ("Softmax over channels", "if axis == state.axis or (walk.opset < 13 and state.axis > axis):", "if walk.opset < 13 and state.axis > axis:"),
+    ),
+    "passes/pruning/_channel_moves.py": (
+        ("Flatten repeats in the wrong order", "np.repeat(np.tile(state.labels, wide // count), repeats)", "np.tile(np.tile(state.labels, wide // count), repeats)"),
+        ("Reshape keeps its target", "        walk.edit(moved.labels, resize)", "        pass"),
+        ("a reader of sizes is overlooked", "    walk.freeze(state.labels, blame(node, \"reads their number\"))", "    pass"),
+        ("mean over channels", "    if state.axis in gone:\n        walk.freeze(state.labels, blame(node, \"mixes them\"))", "    if False:\n        walk.freeze(state.labels, blame(node, \"mixes them\"))"),
+    ),
+    "passes/pruning/_channel_readers.py": (
+        ("dilations ignored", "np.arange(self.kernel[axis]) * dilations[axis]", "np.arange(self.kernel[axis])"),
+        ("padding on the wrong side", 'if name == "SAME_UPPER" else (more, less)', 'if name == "SAME_LOWER" else (more, less)'),
+    ),
+    "passes/pruning/_channel_fit.py": (
+        ("one reader decides", "costs = np.sum([one.costs(kept) for one in parts], axis=0)", "costs = parts[0].costs(kept)"),
+        ("a fit that does not help is kept", "    if not error < judging.energy:", "    if False:"),
+        ("no bias is fitted", "        moved.append(d_NK[:, -1])", "        moved.append(d_NK[:, -1] * 0)"),
+        ("means are taken for variance", "        return shrunk(second - np.outer(mean_K, mean_K), self.count)", "        return shrunk(second, self.count)"),
+    ),
+    "passes/pruning/_channel_groups.py": (
+        ("declared shapes stay", "                sizes[channels.axis] = int(alive(channels.labels).sum())", "                pass"),
+        ("worth by nothing", "            worth += np.array(", "            worth += 0 * np.array("),
+    ),
+    "compiler/calibration_arrays.py": (
+        ("nothing is held out", "        left = np.arange(max(batch, total - self._held(total)))", "        left = np.arange(total)"),
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from onnxpress.compiler import registry
 from onnxpress.compiler import report as cards
 from onnxpress.compiler import vocabulary as vocabularies
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
+from onnxpress.compiler.calibration_arrays import read_arrays, split_sources
 from onnxpress.compiler.calibration_sources import Given, own_text, read_sources
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
@@ -89,8 +90,10 @@ def optimize(
         passes: the pipeline, as text, as passes, or as a `Pipeline`; instead of a recipe.
         target: "cpu", "cuda" (float16) or "cuda-bf16".
         calibration: text for passes that look at activations, one source or several; see `read_sources`. The loss is
-            measured on the first that is a text. By default "self", what the model writes; where it cannot write (no
-            cache, no tokenizer.json) "english", that of Python's own help.
+            measured on the first that is a text. For models that read no text `.npz` or `.npy` files, or folders of
+            them, with samples for each input; see `read_arrays`: an eighth of them is left for measuring the loss.
+            By default "self", what the model writes; where it cannot write (no cache, no tokenizer.json) "english",
+            that of Python's own help.
         verify: compare outputs before and after every EXACT and CLOSE pass.
         measure: measure what each LOSSY pass costs; takes about two runs of the model over a few hundred tokens.
         strict: refuse a model of which a layer's attention stays unfused though the pipeline fuses attention.
@@ -116,7 +119,9 @@ def optimize(
         pipeline = _keeping(pipeline)
     journal = Journal(lambda: zoo.cache_dir() / "journal")
     context = Context(target=chosen_target, seed=seed, journal=journal)
-    texts, is_self = read_sources(calibration)
+    files, sources = split_sources(calibration)
+    texts, is_self = read_sources(sources)
+    context.arrays = read_arrays(files)
     if track is not None:
         context.track = track
     clock = _Clock()
@@ -141,6 +146,8 @@ def optimize(
         context.config, context.stored_types = copy.deepcopy(source.config), source.stored_types
         context.generation_config, context.files = copy.deepcopy(source.generation_config), dict(source.files)
         context.history = artifact_history(source)
+        if context.arrays:
+            _check_arrays(source, context, sources)
         if not calibration and _can_write(source):
             is_self = True
         elif texts and "tokenizer.json" not in source.files:
@@ -259,6 +266,16 @@ def _keeping(pipeline: Pipeline) -> Pipeline:
     return Pipeline(tuple(passes))
 
 
+def _check_arrays(source: models.Source, context: Context, others: Sequence[object]) -> None:
+    """Raises CalibrationError unless the model reads just the arrays that were given."""
+    if any(value.name == "input_ids" for value in source.model.graph.inputs) or others:
+        raise CalibrationError(
+            f"{context.arrays.about}: arrays are for models that read no text, and for nothing else beside them",
+            hint="give a text file, a folder of them, a dataset, 'english' or 'self' to a text model",
+        )
+    context.arrays.held_out(source.model.graph)
+
+
 def _can_write(source: models.Source) -> bool:
     """Whether the model is a decoder with a cache and a tokenizer: it writes text of the kind that it reads."""
     graph = source.model.graph
@@ -308,8 +325,8 @@ def _meter(source: models.Source, pipeline: Pipeline, context: Context, stage: S
     if not any(one.promise is Promise.LOSSY for one in passes):
         return None
     if "input_ids" not in {value.name for value in source.model.graph.inputs}:
-        sizes = image_sizes(source.config)
-        return LossMeter(passes, stage.work, about="random inputs", sizes=sizes)
+        feeds, about = context.arrays.held_out(source.model.graph) if context.arrays else (None, "random inputs")
+        return LossMeter(passes, stage.work, about=about, sizes=image_sizes(source.config), feeds=feeds)
     count = min(_VERIFIED_TOKENS if verify else _MEASURED_TOKENS, context_length(source.config) or _VERIFIED_TOKENS)
 
     def sample(files: dict[str, Path], vocab_size: int) -> tuple[npt.NDArray[np.int64], str]:

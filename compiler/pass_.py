@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxpress.compiler.calibration_arrays import CalibrationArrays
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OnnxpressError, OptionError, PassError, near_miss
 from onnxpress.compiler.journal import Journal
@@ -132,6 +133,7 @@ class Context:
         track: `for item in context.track(items, "layers")` lets the CLI draw a progress bar; silent in the library.
         work_dir: scratch folder that is removed afterwards; None when a pass must do without one.
         calibration: text for passes that look at activations, and what turns it into tokens.
+        arrays: samples for models that read no text, by the name of an input.
         journal: where long passes keep what they have finished; nowhere by default.
         stored_types: how the source file stored a weight, by the weight's name here: "block3.gate" to
             ("blk.3.ffn_gate.weight", "Q4_0"); {} when the file does not say.
@@ -151,6 +153,7 @@ class Context:
     track: Tracker = _silent
     work_dir: Path | None = None
     calibration: CalibrationText = field(default_factory=CalibrationText)
+    arrays: CalibrationArrays = field(default_factory=CalibrationArrays)
     journal: Journal = field(default_factory=Journal)
     stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)

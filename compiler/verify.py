@@ -104,7 +104,7 @@ class LossMeter:
     LOSSY pass to the one after this pass; `kl_added` is the part of this pass; `top1_agreement` the share of positions
     at which both find the same token most likely; what makes logits of something else has them too. Other models than
     decoders get `cosine_similarity`, the least of all outputs, and `output_error`, their relative root mean square
-    error: text encoders on text, the rest on random inputs.
+    error: text encoders on text, the rest on samples that the user gave, or random inputs.
 
     Attributes:
         passes: the pipeline that is about to run.
@@ -114,6 +114,7 @@ class LossMeter:
         sample: gives both, when they are needed: it has a tokenizer to read.
         split: also run the finished model without rounding activations, to tell that error from the weights'.
         sizes: of symbolic dimensions, for models without text; see `Probe.run_random`, which adds to it.
+        feeds: inputs of a model without text, when the user has given some; random ones otherwise.
         quality: filled by `finish`, for the card.
         kept: the id that each token had before the passes, None while that has not changed; once it has, the reference
             is measured anew on the new tokens, over those that were kept.
@@ -126,6 +127,7 @@ class LossMeter:
     about: str = ""
     split: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
+    feeds: Mapping[str, Array] | None = None
     sample: Callable[[], tuple[Ids, str]] | None = None
     quality: dict[str, Any] = field(default_factory=dict)
     _reference: Future[Outputs | None] | None = None
@@ -258,7 +260,7 @@ class LossMeter:
     def _run(self, probe: Probe, kept: Ids | None = None) -> Outputs:
         """The outputs for `ids`; `kept` gives the model's ids of them, and the logits to look at."""
         if self.ids is None:
-            return probe.run_random(0, self.sizes)
+            return probe.run_random(0, self.sizes) if self.feeds is None else probe.run(self.feeds)
         ids = self.ids if kept is None else kept[self.ids]
         self._is_causal = probe.is_language_model and any("past" in name for name in probe.inputs)
         if self._is_causal:

@@ -31,7 +31,8 @@ def optimize(
         typer.Option(
             metavar="SOURCE",
             help="Text for passes that look at activations: a file, a folder, a dataset (org/name:config@split), "
-            "'english' (that of Python's own help) or 'self' (the model writes it); may be given several times.",
+            "'english' (that of Python's own help) or 'self' (the model writes it); for models that read no text "
+            ".npz or .npy files with samples for each input. May be given several times.",
             show_default="self; english where the model cannot write",
         ),
     ] = None,

@@ -37,6 +37,7 @@ PROBED = 0.25  # share of the structures that is gone while the cost of a layer 
 
 _RUINED = 1e6  # cost of a layer without which the outputs are not finite
 _LEAST = 1e-6  # of the energy at the outputs of a layer
+_TOKENS_PER_SAMPLE = 64  # an image counts as so many of the tokens that options ask for
 _PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
 
 
@@ -87,7 +88,7 @@ class Structure:
 def prepared(
     model: ir.Model, found: list[Structure], context: Context, report: Report, tokens: int, length: int
 ) -> list[dict[str, Any]]:
-    """Windows of text, once readers in codes have become floats.
+    """Samples that the user gave (images, sound) or windows of text, once readers in codes have become floats.
 
     Args:
         model: changed where readers are in codes.
@@ -107,6 +108,9 @@ def prepared(
         )
     for one in found:
         one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
+    if context.arrays:
+        windows, report.calibration = context.arrays.windows(model.graph, max(1, tokens // _TOKENS_PER_SAMPLE))
+        return windows
     ids_WS, report.calibration = context.calibration.windows(tokens, length)
     return feeds(model.graph, ids_WS)
 
@@ -138,7 +142,10 @@ def price(
     sensitivity: Sensitivity | None = None
     probed = ""
     if probe is not None:
-        sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, probe, wanted)
+        if context.arrays:
+            sensitivity, facts = Sensitivity(model, windows[0], wanted), report.calibration
+        else:
+            sensitivity, _, facts = Sensitivity.on_text(model, context.calibration, probe, wanted)
         report.calibration.setdefault("costs", f"{sensitivity.measure} on {facts['text']}")
         probed = str(facts["sha256"])
     # A cost is told by the whole model, of which a stage's digest has what comes before it.
@@ -147,7 +154,8 @@ def price(
         pass_.name(), "costs", str(pass_), context.target.name, identity(type(pass_)), state, probed
     )
     of_reader = {id(one.reader): one for one in found}
-    count = max(1, _PRICED_TOKENS // windows[0]["input_ids"].size)
+    each = _TOKENS_PER_SAMPLE * len(next(iter(windows[0].values())))
+    count = max(1, _PRICED_TOKENS // (each if context.arrays else windows[0]["input_ids"].size))
     # Costs are probed on the beginning of the text: what was fitted to it would seem to cost half as much.
     few = windows[1 : 1 + count] or windows
     with Calibration(model, few, wanted, context.work_dir) as run:

@@ -172,8 +172,11 @@ class Prune(Pass):
     def _part_costs(self, model: ir.Model, free: Sequence[int], context: Context, report: Report) -> dict[int, float]:
         """What the model's predictions lose without each sublayer."""
         network = Network(model, sublayers=True)
-        ids_WS, report.calibration = context.calibration.windows(self.probe, self.probe)
-        window = feeds(network.model.graph, ids_WS[:1])[0]
+        if context.arrays:
+            (window, *_), report.calibration = context.arrays.windows(network.model.graph, 1)
+        else:
+            ids_WS, report.calibration = context.calibration.windows(self.probe, self.probe)
+            window = feeds(network.model.graph, ids_WS[:1])[0]
         sensitivity = Sensitivity(network.model, window, [], ends=network.ends)
         digest = hashlib.sha256(f"{digest_of(model)} {report.calibration['sha256']}".encode()).hexdigest()
         section = context.journal.section(self.name(), "sublayers", context.target.name, identity(type(self)), digest)

@@ -16,6 +16,7 @@ from decoders import decoder
 from onnxpress import models
 from onnxpress.compiler import pipeline
 from onnxpress.compiler.artifact import write_graph
+from onnxpress.compiler.calibration_arrays import CalibrationArrays
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.journal import Journal
@@ -42,7 +43,10 @@ MODULES = {
     "gpt_neox": ("layers", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
     "gpt2": ("h", ("mlp.c_fc",), "mlp.c_proj"),
     "opt": ("decoder.layers", ("fc1",), "fc2"),
+    "bert": ("encoder.layer", ("intermediate.dense",), "output.dense"),
+    "vit": ("encoder.layer", ("intermediate.dense",), "output.dense"),
 }
+IMAGES = np.random.default_rng(2).standard_normal((24, 3, 32, 32)).astype(np.float32)
 
 
 def cut_in_torch(architecture: str, cuts: dict[int, tuple[Array, Array]], ids: Array) -> Array:
@@ -69,7 +73,8 @@ def cut_in_torch(architecture: str, cuts: dict[int, tuple[Array, Array]], ids: A
             module = layers[number].get_submodule(reader)
             turned = type(module).__name__ == "Conv1D"
             module.weight = torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(down_NK.T if turned else down_NK)))
-        found: Array = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+        more = {} if architecture in ("bert", "vit") else {"use_cache": False}
+        found: Array = model(torch.from_numpy(ids), **more).logits.numpy()
     return found
 
 
@@ -89,7 +94,10 @@ def test_equals_the_same_surgery_in_torch(
     if before:
         run(model, before, config=source.config)
     old = {one.name: one.w_NK().copy() for one in find_linears(model)}
-    report = run(model, f"prune_ffn(ratio=0.3, {TEXT})", config=source.config)
+    # Images take the place of text where the model reads them.
+    arrays = CalibrationArrays({"pixel_values": IMAGES} if architecture == "vit" else {}, "images")
+    report = run(model, f"prune_ffn(ratio=0.3, {TEXT})", config=source.config, arrays=arrays)
+    assert ("images" in report.calibration["text"]) == (architecture == "vit")
     cuts = {}
     new = {one.name: one.w_NK() for one in find_linears(model)}
     for row in report.ledger:
@@ -102,8 +110,12 @@ def test_equals_the_same_surgery_in_torch(
         assert len(kept) == row["structures_after"] < row["structures_before"]
         cuts[block] = kept, new[f"block{block}.down"]
     assert cuts, report.skipped
-    ids = np.random.default_rng(0).integers(3, 200, (2, 9))
-    check.close(cut_in_torch(architecture, cuts, ids), graphs.logits(model, ids), tolerance=1e-5)
+    if architecture == "vit":
+        got, given = graphs.run(model, {"pixel_values": IMAGES[:2]})["logits"], IMAGES[:2]
+    else:
+        given = np.random.default_rng(0).integers(3, 200, (2, 9))
+        got = graphs.logits(model, given)
+    check.close(cut_in_torch(architecture, cuts, given), got, tolerance=1e-5)
 
 
 def test_layers_may_differ_and_the_ratio_is_that_of_all() -> None:

@@ -17,6 +17,7 @@ from decoders import HEAD_SIZE, HEADS, HIDDEN, KV_HEADS, decoder, write_decoder
 
 from onnxpress import models
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.calibration_arrays import CalibrationArrays
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.genai import find_cache
@@ -72,7 +73,10 @@ READERS = {
     "gpt_neox": ("layers", "attention.dense"),
     "gpt2": ("h", "attn.c_proj"),
     "bert": ("encoder.layer", "attention.output.dense"),
+    "vit": ("encoder.layer", "attention.output.dense"),
 }
+ENCODERS = ("bert", "vit")
+IMAGES = np.random.default_rng(2).standard_normal((24, 3, 32, 32)).astype(np.float32)
 
 
 def silenced(architecture: str, matrices: dict[str, Array], ids: Array) -> Array:
@@ -85,8 +89,11 @@ def silenced(architecture: str, matrices: dict[str, Array], ids: Array) -> Array
         for name, w_NK in matrices.items():
             layer = model.base_model.get_submodule(path)[int(name.removeprefix("block").partition(".")[0])]
             weight = layer.get_submodule(reader).weight
-            if architecture == "bert":  # `fold_attention_bias` came before: the values' bias no longer meets the weight
-                bias = layer.attention.self.value.bias
+            if (
+                architecture in ENCODERS
+            ):  # `fold_attention_bias` came before: the values' bias no longer meets the weight
+                inner = layer.attention
+                bias = (inner.self if architecture == "bert" else inner.attention).value.bias
                 layer.attention.output.dense.bias += weight @ bias
                 bias.zero_()
             is_turned = type(layer.get_submodule(reader)).__name__ == "Conv1D"
@@ -94,7 +101,7 @@ def silenced(architecture: str, matrices: dict[str, Array], ids: Array) -> Array
             columns = w_NK.shape[1]
             (whole.T if is_turned else whole)[:, :columns] = torch.from_numpy(w_NK)
             weight.copy_(whole)
-        more = {} if architecture == "bert" else {"use_cache": False}
+        more = {} if architecture in ENCODERS else {"use_cache": False}
         found: Array = model(torch.from_numpy(ids), **more).logits.numpy()
     return found
 
@@ -118,11 +125,15 @@ def test_equals_the_same_surgery_in_torch(
     source = models.load(tiny_export(architecture), work_dir=tmp_path)
     model = source.model
     run(model, before, config=source.config)
-    report = run(model, HALF, config=source.config)
+    # Images take the place of text where the model reads them.
+    arrays = CalibrationArrays({"pixel_values": IMAGES} if architecture == "vit" else {}, "images")
+    report = run(model, HALF, config=source.config, arrays=arrays)
     assert len(kept) == 2, report.skipped
-    ids = np.random.default_rng(0).integers(3, 200, (2, 9))
+    ids = IMAGES[:2] if architecture == "vit" else np.random.default_rng(0).integers(3, 200, (2, 9))
     want = silenced(architecture, spread(model, kept), ids)
-    if architecture == "bert":
+    if architecture == "vit":
+        got = graphs.run(model, {"pixel_values": ids})["logits"]
+    elif architecture == "bert":
         got = graphs.logits(model, ids)
     else:
         ir.save(model, tmp_path / "pruned.onnx", external_data="pruned.data")
