@@ -129,6 +129,7 @@ class Context:
         stored_types: how the source file stored a weight, by the weight's name here: "block3.gate" to
             ("blk.3.ffn_gate.weight", "Q4_0"); {} when the file does not say.
         history: texts of the passes and pipelines that have changed this model before, oldest first.
+        original: graph file of the model as it was before the first pass; None when it came from memory.
     """
 
     target: Target = TARGETS["cpu"]
@@ -143,6 +144,7 @@ class Context:
     journal: Journal = field(default_factory=Journal)
     stored_types: dict[str, tuple[str, str]] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
+    original: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
