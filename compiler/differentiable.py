@@ -4,9 +4,9 @@
     hidden = graph.hidden(ids, given)                   # what the head reads
     logits = graph.logits(hidden[:, 100:200], given)    # of some tokens: all at once fill memory
 
-Nodes fall into three kinds. What depends neither on token ids nor on large or trained weights (shapes, masks, positions)
-is the same for all windows of one length: ONNX Runtime computes it once. What depends on frozen weights alone (a table
-transposed for the head) is computed once by torch. The rest runs for each window, by the functions of
+Nodes fall into three kinds. What depends neither on token ids nor on large or trained weights (shapes, masks,
+positions) is the same for all windows of one length: ONNX Runtime computes it once. What depends on frozen weights
+alone (a table transposed for the head) is computed once by torch. The rest runs for each window, by the functions of
 `differentiable_ops`; weights are views of the memory that the model's tensors lie in.
 
 Imports torch: to be imported where it is used.
@@ -170,7 +170,9 @@ class Differentiable:
             id(value) for value in model.graph.initializers.values() if (value.const_value or _NONE).nbytes > _LARGE
         }
         heavy = _followers(model, {id(self._ids), *self._trained, *large})
-        moving, frozen, asked = [], [], {}
+        moving: list[ir.Node] = []
+        frozen: list[ir.Node] = []
+        asked: dict[int, ir.Value] = {}
         wanted = {id(self._logits)}
         for node in reversed(list(model.graph)):
             if not any(id(value) in wanted for value in node.outputs):
@@ -280,7 +282,8 @@ class Differentiable:
                 found = ops.find(node)(node, [get(value) for value in node.inputs])
             if factors is not None and (added := factors.get(id(node))) is not None:
                 found = found + (get(node.inputs[0]) @ added.down.T) @ added.up.T
-            for value, tensor in zip(node.outputs, found if isinstance(found, tuple | list) else (found,), strict=False):
+            made = found if isinstance(found, tuple | list) else (found,)
+            for value, tensor in zip(node.outputs, made, strict=False):
                 values[id(value)] = tensor
                 if tensor is not None:
                     self._bytes += tensor.nbytes

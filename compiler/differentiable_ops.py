@@ -292,7 +292,7 @@ def _quick_gelu(node: ir.Node, operands: Operands) -> Tensor:
     return F.silu(x) if alpha == 1.0 else x * torch.sigmoid(alpha * x)
 
 
-def rotate(x_BHSD: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool) -> Tensor:  # noqa: N803
+def rotate(x_BHSD: Tensor, cos_SR: Tensor, sin_SR: Tensor, *, interleaved: bool) -> Tensor:
     """Turns pairs of the first 2 R features of each head by the angle of their token.
 
     Args:
@@ -333,13 +333,13 @@ def _rotary(node: ir.Node, operands: Operands) -> Tensor:
     return _joined(turned) if is_flat else turned
 
 
-def _heads(x_BSX: Tensor, count: int) -> Tensor:  # noqa: N803
+def _heads(x_BSX: Tensor, count: int) -> Tensor:
     """[B, S, H D] to [B, H, S, D]."""
     batch, length, width = x_BSX.shape
     return x_BSX.reshape(batch, length, count, width // count).transpose(1, 2)
 
 
-def _joined(x_BHSD: Tensor) -> Tensor:  # noqa: N803
+def _joined(x_BHSD: Tensor) -> Tensor:
     """[B, H, S, D] to [B, S, H D]."""
     return x_BHSD.transpose(1, 2).flatten(2)
 
@@ -454,7 +454,7 @@ class Codes:
             matrix = matrix * self._spread(scales)
         return matrix
 
-    def gradient(self, gradient_NK: Tensor, scales: Tensor) -> Tensor:  # noqa: N803
+    def gradient(self, gradient_NK: Tensor, scales: Tensor) -> Tensor:
         """Of the scales, shaped as they are, from that of the matrix."""
         product = gradient_NK * torch.from_numpy(np.ascontiguousarray(self.matrix()))
         product = F.pad(product, (0, -self.shape[1] % self.block_size))

@@ -1,8 +1,8 @@
 """Teaches a compressed model to predict what the original predicts: a few weights, by the original's logits on text.
 
-Of each token the original's `TOP` most likely successors are kept, with the mass of all others as one more: 2 KB a token
-where all logits of a vocabulary of 50,000 take 200. What is minimized is the KL divergence of these parts, which is at
-most that of the whole distribution (data processing), and differs from it by what lies within the rest.
+Of each token the original's `TOP` most likely successors are kept, with the mass of all others as one more: 2 KB a
+token where all logits of a vocabulary of 50,000 take 200. What is minimized is the KL divergence of these parts, which
+is at most that of the whole distribution (data processing), and differs from it by what lies within the rest.
 
 Imports torch: to be imported where it is used.
 
@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from onnxpress.compiler.differentiable import Differentiable, Factors
 from onnxpress.compiler.journal import Section
+from onnxpress.compiler.linears import Linear
 from onnxpress.compiler.probe import Probe
 from onnxpress.compiler.threads import workers
 
@@ -53,7 +55,7 @@ class Targets:
         self.log_p = _room(shape, np.float32, folder, "log-probabilities")
         self.log_rest = np.zeros(shape[:2], np.float32)
 
-    def put(self, number: int, logits_SV: Array) -> None:  # noqa: N803
+    def put(self, number: int, logits_SV: Array) -> None:
         """Keeps the successors of window `number`."""
         log_p, ids = torch.log_softmax(torch.from_numpy(logits_SV), -1).topk(self.ids.shape[2])
         self.ids[number], self.log_p[number] = ids.numpy(), log_p.numpy()
@@ -74,7 +76,11 @@ def _room(shape: tuple[int, ...], dtype: Any, folder: Path | None, name: str) ->
 
 
 def observe(
-    original: Path, ids_WS: Ids, folder: Path | None, track: Tracker, kept: Ids | None = None  # noqa: N803
+    original: Path,
+    ids_WS: Ids,
+    folder: Path | None,
+    track: Tracker,
+    kept: Ids | None = None,
 ) -> Iterator[tuple[int, Targets]]:
     """Runs the original on all windows; yields their targets, with V at first.
 
@@ -97,7 +103,7 @@ def observe(
         yield logits.shape[1], targets
 
 
-def divergence(logits_CV: Tensor, ids_Ck: Tensor, log_p_Ck: Tensor, log_rest_C: Tensor) -> Tensor:  # noqa: N803
+def divergence(logits_CV: Tensor, ids_Ck: Tensor, log_p_Ck: Tensor, log_rest_C: Tensor) -> Tensor:
     """KL(p || q) in nats, summed over tokens; the tokens that p does not name are one event.
 
     Args:
@@ -167,22 +173,22 @@ class Student:
 
     graph: Differentiable
     weights: dict[int, Trained]
-    factors: dict[int, tuple[Any, Trained, Trained]] = field(default_factory=dict)
+    factors: dict[int, tuple[Linear, Trained, Trained]] = field(default_factory=dict)
 
     def all(self) -> list[Trained]:
         """Everything that is trained, in a fixed order."""
         return [*self.weights.values(), *(one for _, *pair in self.factors.values() for one in pair)]
 
-    def loss(self, ids_S: Ids, targets: Targets, number: int) -> float:  # noqa: N803
+    def loss(self, ids_S: Ids, targets: Targets, number: int) -> float:
         """KL divergence per token on a window, in nats."""
         with torch.no_grad():
             return self._loss(ids_S, targets, number)[0]
 
-    def gradients(self, ids_S: Ids, targets: Targets, number: int) -> tuple[float, list[Tensor]]:  # noqa: N803
+    def gradients(self, ids_S: Ids, targets: Targets, number: int) -> tuple[float, list[Tensor]]:
         """KL divergence per token on a window, and its gradients by `change` of each of `all`."""
         return self._loss(ids_S, targets, number)
 
-    def _loss(self, ids_S: Ids, targets: Targets, number: int) -> tuple[float, list[Tensor]]:  # noqa: N803
+    def _loss(self, ids_S: Ids, targets: Targets, number: int) -> tuple[float, list[Tensor]]:
         # Leaves of their own: each chunk of tokens goes back through the head alone, and adds to their gradients.
         is_training = torch.is_grad_enabled()
         leaves = [one.value().requires_grad_(is_training) for one in self.all()]
@@ -207,6 +213,48 @@ class Student:
             torch.zeros_like(leaf) if leaf.grad is None else one.size * leaf.grad
             for one, leaf in zip(self.all(), leaves, strict=True)
         ]
+
+
+def student_of(
+    graph: Differentiable,
+    vectors: Sequence[ir.Value],
+    scales: Sequence[ir.Value],
+    linears: Sequence[Linear],
+    *,
+    rank: int,
+    seed: int,
+) -> Student:
+    """What is trained, as it begins: nothing has changed yet.
+
+    Args:
+        graph: knows `vectors` and `scales` as trained.
+        vectors: initializers that change by their root mean square.
+        scales: initializers of which each number changes by its own size.
+        linears: get factors of this rank R, A random, B zero.
+        seed: of the random numbers.
+    """
+    weights = {}
+    for value in vectors:
+        start = _start(value)
+        weights[id(value)] = Trained(start, float(start.square().mean().sqrt()) or 1.0)
+    for value in scales:
+        weights[id(value)] = Trained(_start(value), _start(value).abs())
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for linear in linears:
+        down = torch.randn(rank, linear.num_in, generator=generator) / linear.num_in**0.5
+        factors[id(linear.node)] = linear, Trained(down), Trained(torch.zeros(linear.num_out, rank))
+    return Student(graph, weights, factors)
+
+
+def _start(value: ir.Value) -> Tensor:
+    assert value.const_value is not None
+    return torch.from_numpy(np.array(value.const_value.numpy(), np.float32))
+
+
+def identity() -> str:
+    """What beside model and text decides the bits of a training: version and threads of torch."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 @dataclass
@@ -248,7 +296,7 @@ def order(num_windows: int, steps: int, seed: int) -> Ids:
 
 def train(
     student: Student,
-    ids_WS: Ids,  # noqa: N803
+    ids_WS: Ids,
     targets: Targets,
     *,
     held_out: int,
@@ -300,7 +348,7 @@ def train(
     return course
 
 
-def _held_out(student: Student, ids_WS: Ids, targets: Targets, count: int) -> float:  # noqa: N803
+def _held_out(student: Student, ids_WS: Ids, targets: Targets, count: int) -> float:
     losses = [student.loss(ids_WS[number], targets, number) for number in range(count)]
     value = float(np.mean(losses))
     return value if math.isfinite(value) else math.inf
@@ -325,9 +373,9 @@ def _restore(record: Mapping[str, Array], student: Student, course: Course, best
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Within it torch uses as many threads as were allowed: equal numbers of them give equal bits."""
+    """Within it torch uses no more threads than were allowed: equal numbers of them give equal bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(workers())
+    torch.set_num_threads(min(before, workers()))
     try:
         yield
     finally:
