@@ -208,7 +208,8 @@ class Student:
             total += float(loss.detach())
         if not is_training:
             return total, []
-        hidden.backward(seen.grad)
+        if hidden.requires_grad:
+            hidden.backward(seen.grad)
         return total, [
             torch.zeros_like(leaf) if leaf.grad is None else one.size * leaf.grad
             for one, leaf in zip(self.all(), leaves, strict=True)

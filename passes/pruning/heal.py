@@ -165,7 +165,7 @@ class Heal(Pass):
         )
         if course.best == 0:
             reason = (
-                "the model predicts what the original does"
+                "the model predicts what the original does; if it was pruned in an earlier run, name teacher"
                 if course.has_nothing_to_learn
                 else (f"the held-out KL divergence did not fall below {curve[0]:.4f} in {self.steps} steps")
             )

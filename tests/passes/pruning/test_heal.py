@@ -188,7 +188,7 @@ def test_what_is_whole_already_is_left(original: Path, tmp_path: Path) -> None:
     model = decoder()
     report = heal(model, f"train='lora', {SHORT}", context(original, tmp_path))
     assert not report.changed
-    assert "the model predicts what the original does" in report.reasons()
+    assert any("the model predicts what the original does" in reason for reason in report.reasons())
     assert graphs.text(model) == graphs.text(decoder())
 
 
