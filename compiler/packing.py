@@ -96,7 +96,7 @@ def codes_of(node: ir.Node, only: npt.NDArray[Any] | None = None) -> tuple[Codes
     if len(node.inputs) <= 3 or node.inputs[3] is None:
         return codes, None
     zero = _rows(_array(node.inputs[3]), node, only)
-    num_blocks = -(-columns // _int(node, "block_size", 128))
+    num_blocks = _rows(_array(node.inputs[2]), node, None).shape[1]
     return codes, unpack(zero, bits)[:, :num_blocks] if zero.dtype == np.uint8 else zero
 
 
