@@ -298,6 +298,44 @@ def test_law_divergence() -> None:
     assert measured(12, p + 3) == pytest.approx(0, abs=1e-5)
 
 
+class Scripted:
+    """A student whose held-out losses are given beforehand, and whose gradient is always 1."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.trained, self.losses = distillation.Trained(torch.zeros(3)), iter(losses)
+
+    def all(self) -> list[distillation.Trained]:
+        return [self.trained]
+
+    def loss(self, *window: Any) -> float:
+        return next(self.losses)
+
+    def gradients(self, *window: Any) -> tuple[float, list[torch.Tensor]]:
+        return 1.0, [torch.ones(3)]
+
+
+def test_law_the_best_state_is_kept_and_not_the_last() -> None:
+    student: Any = Scripted([5, 4, float("nan"), 1, 2, 6, 7, 8, 9, 9, 9])
+    windows = np.zeros((3, 8), np.int64)
+    course = distillation.train(
+        student,
+        windows,
+        Any,  # type: ignore[arg-type]
+        held_out=1,
+        steps=10,
+        rate=0.1,
+        seed=0,
+        section=Section(),
+        digest="",
+        track=lambda items, label: items,
+    )
+    assert course.best == 3
+    want = distillation.Trained(torch.zeros(3))
+    for step in range(3):
+        want.step(torch.full((3,), 3**-0.5), distillation.rate_at(step, 10, 0.1), step + 1)
+    check.close(want.change.numpy(), student.trained.change.numpy(), tolerance=1e-6)
+
+
 def test_law_learning_rate_rises_and_falls() -> None:
     rates = [distillation.rate_at(step, 100, 2.0) for step in range(100)]
     assert max(rates) == rates[5] == 2.0
