@@ -28,6 +28,7 @@ from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.sample_text import default_text
 from onnxpress.passes.pruning.heal import Heal, find_vectors
 
+IDS = np.random.default_rng(1).integers(3, 200, (1, 24))
 SHORT = "steps=40, length=32"
 CUT = "prune_ffn(ratio=0.4, allocation='uniform', tokens=256, length=32, probe=32)"
 
@@ -152,9 +153,6 @@ def test_merged_factors_are_the_factors_beside(original: Path, tmp_path: Path) -
     module._write(distillation.Student(graph, {}, pairs), {}, Report())
     check.close(beside, graphs.logits(model, IDS))
     assert np.abs(beside - plain).max() > 0.1
-
-
-IDS = np.random.default_rng(1).integers(3, 200, (1, 24))
 
 
 def test_a_run_that_was_killed_goes_on(original: Path, tmp_path: Path) -> None:
@@ -296,6 +294,29 @@ def test_law_divergence() -> None:
     assert measured(40, q) == pytest.approx(whole, rel=1e-5)
     assert 0 < measured(4, q) < measured(12, q) < whole
     assert measured(12, p + 3) == pytest.approx(0, abs=1e-5)
+
+
+def test_gradients_are_those_of_what_is_trained(tmp_path: Path) -> None:
+    """Chunks of tokens, factors, and the units of changes: along its gradient the loss falls as the gradient says."""
+    model = biased()
+    linears = find_linears(model)
+    vectors = find_vectors(model, linears)
+    graph = Differentiable(model, feeds(model.graph, IDS)[0], vectors, tmp_path)
+    student = distillation.student_of(graph, vectors, [], [one for one in linears if one.kind == "o"], rank=2, seed=0)
+    targets = distillation.Targets(1, IDS.shape[1], 64, None)
+    targets.put(0, graphs.logits(decoder(seed=1), IDS)[0])
+    for _, _, up in student.factors.values():
+        up.change += 0.3  # at zero the first factor has no gradient
+    loss, gradients = student.gradients(IDS[0], targets, 0)
+    assert loss == pytest.approx(student.loss(IDS[0], targets, 0), rel=1e-5)
+    assert [one.size for one in student.weights.values()] == pytest.approx([0.1] * 3)
+    for one, gradient in zip(student.all(), gradients, strict=True):
+        direction, step, ends = gradient / gradient.norm(), 0.02 / float(one.size) ** 0.5, []
+        for sign in (1, -1):
+            one.change += sign * step * direction
+            ends.append(student.loss(IDS[0], targets, 0))
+            one.change -= sign * step * direction
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=5e-2)
 
 
 class Scripted:
