@@ -201,8 +201,9 @@ def test_what_does_not_help_is_not_kept(original: Path, tmp_path: Path) -> None:
 def test_the_whole_way_after_pruning_vocabulary_and_before_quantizing(original: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(default_text()[:8000].lower())
-    passes = f"prune_vocab, {CUT}, heal(train='lora', rank=2, steps=10, length=32), rtn(bits=8, block_size=16)"
-    optimize(original, output=tmp_path / "out", passes=passes, calibration=text)
+    passes = f"prune_vocab, {CUT}, heal(train='lora', rank=2, steps=10, length=32), "
+    passes += "gptq(bits=8, block_size=16, tokens=256, length=32)"
+    optimize(original, output=tmp_path / "out", passes=passes, calibration=text, verify=True)
     card = json.loads((tmp_path / "out" / "onnxpress.json").read_text())
     row = card["passes"][2]
     assert row["metrics"]["held_out_kl_after"] < row["metrics"]["held_out_kl_before"]
