@@ -145,7 +145,7 @@ def optimize(
             )
         context.config, context.stored_types = copy.deepcopy(source.config), source.stored_types
         context.generation_config, context.files = copy.deepcopy(source.generation_config), dict(source.files)
-        context.history = artifact_history(source)
+        context.history, context.original = artifact_history(source), source.model_path
         if context.arrays:
             _check_arrays(source, context, sources)
         if not calibration and _can_write(source):

@@ -69,22 +69,41 @@ def dequantize(
     return padded[:, :num_columns]
 
 
-def dequantize_node(node: ir.Node) -> Float2D:
-    """The float32 matrix that a MatMulNBits [N, K] or GatherBlockQuantized [V, H] node stands for."""
+def dequantize_node(node: ir.Node, only: npt.NDArray[Any] | None = None) -> Float2D:
+    """The float32 matrix that a MatMulNBits [N, K] or GatherBlockQuantized [V, H] node stands for.
+
+    Args:
+        node: of which codes, scales and zero points are constant.
+        only: numbers of the rows that are wanted; all by default.
+    """
+    codes, zero_NG = codes_of(node, only)
+    scale_NG = _rows(_array(node.inputs[2]), node, only)
+    bits, block_size = _int(node, "bits", 4), _int(node, "block_size", 128)
+    return dequantize(codes, scale_NG, zero_NG, bits=bits, block_size=block_size)
+
+
+def codes_of(node: ir.Node, only: npt.NDArray[Any] | None = None) -> tuple[Codes, npt.NDArray[Any] | None]:
+    """Unsigned codes [N, K] of such a node and zero points [N, G], None for the implicit 2^(bits - 1).
+
+    Args:
+        node: as for `dequantize_node`.
+        only: numbers of the rows that are wanted; all by default.
+    """
     gather = node.op_type == "GatherBlockQuantized"
     bits = _int(node, "bits", 4)
-    block_size = _int(node, "block_size", 128)
-    codes_index, scale_index, zero_index = (0, 2, 3) if gather else (1, 2, 3)
-    scale = _array(node.inputs[scale_index])
-    rows, columns = gather_shape(node) if gather else (_int(node, "N", 0), _int(node, "K", 0))
-    scale_NG = scale.reshape(rows, -1)
-    codes = unpack(_array(node.inputs[codes_index]).reshape(rows, -1), bits)[:, :columns]
-    zero_NG = None
-    if len(node.inputs) > zero_index and node.inputs[zero_index] is not None:
-        zero = _array(node.inputs[zero_index])
-        packed = zero.dtype == np.uint8
-        zero_NG = unpack(zero.reshape(rows, -1), bits)[:, : scale_NG.shape[1]] if packed else zero.reshape(rows, -1)
-    return dequantize(codes, scale_NG, zero_NG, bits=bits, block_size=block_size)
+    columns = gather_shape(node)[1] if gather else _int(node, "K", 0)
+    codes = unpack(_rows(_array(node.inputs[0 if gather else 1]), node, only), bits)[:, :columns]
+    if len(node.inputs) <= 3 or node.inputs[3] is None:
+        return codes, None
+    zero = _rows(_array(node.inputs[3]), node, only)
+    num_blocks = _rows(_array(node.inputs[2]), node, None).shape[1]
+    return codes, unpack(zero, bits)[:, :num_blocks] if zero.dtype == np.uint8 else zero
+
+
+def _rows(array: npt.NDArray[Any], node: ir.Node, only: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    rows = gather_shape(node)[0] if node.op_type == "GatherBlockQuantized" else _int(node, "N", 0)
+    matrix = array.reshape(rows, -1)
+    return matrix if only is None else matrix[only]
 
 
 def gather_shape(node: ir.Node) -> tuple[int, int]:

@@ -142,6 +142,7 @@ class Context:
             others; None outside of a pipeline.
         stopwatch: opens a model as the target will run it, `stopwatch(model, context, "decode")`, to be timed; None
             where nothing can run it.
+        original: graph file of the model as it was before the first pass; None when it came from memory.
     """
 
     target: Target = TARGETS["cpu"]
@@ -159,6 +160,7 @@ class Context:
     history: list[str] = field(default_factory=list)
     compose: Callable[[ir.Model, str, Context], list[Report]] | None = None
     stopwatch: Callable[[ir.Model, Context, str], Stopwatch] | None = None
+    original: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
