@@ -530,8 +530,9 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("layers of the old numbers", "if one.reader.output.name not in removed]", "]"),
         ("sublayers cost nothing", "options.append((costs.get(index, 0.0), gain, 0))", "options.append((0.0, gain, 0))"),
         ("attention saves what feed-forward does", "savings.attention if parts[index].has_attention else savings.feed_forward", "savings.feed_forward"),
-        ("out of reach unsaid", "if most >= needed and most > 0:", "if True:"),
+        ("out of reach unsaid", "if most < needed:", "if False:"),
         ("missed unsaid", "if missed and self.kl is None:", "if False:"),
+        ("noise is a saving", "if savings.best <= _SURE * savings.error or most <= 0:", "if most <= 0:"),
         ("costs worked out again", "record = section.read(str(index), digest)", "record = None"),
     ),
     "passes/pruning/_savings.py": (

@@ -15,6 +15,7 @@ from onnxpress.compiler.errors import ProviderError
 from onnxpress.runtime.session import DecoderSession
 
 _PROMPT, _STEPS, _PREFILL = 128, 16, 256  # tokens
+_ROUND_S, _MOST = 0.1, 64  # a round takes at least so long, or so many runs: what is shorter drowns in noise
 
 
 class Stopwatch:
@@ -40,11 +41,13 @@ class Stopwatch:
                 f"speed is measured where the model will run, on {provider}: {error.message}",
                 hint="run this on such a machine, or give size= instead of speedup=",
             ) from error
-        self._round = {"decode": _decode, "prefill": _prefill}[phase](session, session.context_length or 1 << 30)
+        self._run = {"decode": _decode, "prefill": _prefill}[phase](session, session.context_length or 1 << 30)
+        self._run()  # the first one allocates
+        self._runs = min(_MOST, 1 + int(_ROUND_S / self._run()))
 
     def seconds(self) -> float:
-        """Of one round."""
-        return self._round()
+        """Of one round: the mean of its runs."""
+        return sum(self._run() for _ in range(self._runs)) / self._runs
 
 
 def _prefill(session: DecoderSession, limit: int) -> Callable[[], float]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from onnxpress.compiler import allocation, calibration, obs, stats
+from onnxpress.compiler import allocation, calibration, inner_features, obs, stats
 from onnxpress.compiler import sensitivity as sensitivities
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
@@ -37,7 +38,7 @@ PROBED = 0.25  # share of the structures that is gone while the cost of a layer 
 
 _RUINED = 1e6  # cost of a layer without which the outputs are not finite
 _LEAST = 1e-6  # of the energy at the outputs of a layer
-_TOKENS_PER_SAMPLE = 64  # an image counts as so many of the tokens that options ask for
+TOKENS_PER_SAMPLE = 64  # an image counts as so many of the tokens that options ask for
 _PRICED_TOKENS = 4096  # of text that tell what sizes lose; fitting reads all that was asked for
 
 
@@ -109,7 +110,7 @@ def prepared(
     for one in found:
         one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
     if context.arrays:
-        windows, report.calibration = context.arrays.windows(model.graph, max(1, tokens // _TOKENS_PER_SAMPLE))
+        windows, report.calibration = context.arrays.windows(model.graph, max(1, tokens // TOKENS_PER_SAMPLE))
         return windows
     ids_WS, report.calibration = context.calibration.windows(tokens, length)
     return feeds(model.graph, ids_WS)
@@ -154,7 +155,7 @@ def price(
         pass_.name(), "costs", str(pass_), context.target.name, identity(type(pass_)), state, probed
     )
     of_reader = {id(one.reader): one for one in found}
-    each = _TOKENS_PER_SAMPLE * len(next(iter(windows[0].values())))
+    each = TOKENS_PER_SAMPLE * len(next(iter(windows[0].values())))
     count = max(1, _PRICED_TOKENS // (each if context.arrays else windows[0]["input_ids"].size))
     # Costs are probed on the beginning of the text: what was fitted to it would seem to cost half as much.
     few = windows[1 : 1 + count] or windows
@@ -230,10 +231,20 @@ def columns_of(one: Structure, kept: Index) -> Index:
     return found
 
 
-def identity(kind: type[Pass]) -> str:
+def identity(kind: type[Pass], *others: ModuleType) -> str:
     """Of everything that may change a last bit: results of another state are not resumed."""
     names = [one.__module__ for one in kind.__mro__ if one.__module__.startswith("onnxpress.passes.")]
-    modules = (allocation, calibration, sensitivities, stats, obs, _coded, *(sys.modules[name] for name in names))
+    modules = (
+        allocation,
+        calibration,
+        sensitivities,
+        stats,
+        obs,
+        inner_features,
+        _coded,
+        *others,
+        *(sys.modules[name] for name in names),
+    )
     sources = [__file__, *(one.__file__ for one in modules)]
     digest = hashlib.sha256(b"".join(Path(one).read_bytes() for one in sources if one is not None))
     return f"{digest.hexdigest()} onnxruntime {ort.__version__} numpy {np.__version__} {workers()} threads"

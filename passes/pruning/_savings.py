@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from onnxpress.compiler import sizes
 from onnxpress.compiler.blocks import find_blocks
 from onnxpress.compiler.errors import PreconditionError
-from onnxpress.compiler.linears import find_linears
+from onnxpress.compiler.linears import find_linears, unique_name
 from onnxpress.compiler.pass_ import Context, Report, Stopwatch
 from onnxpress.passes.pruning._coded import FLOATS, to_floats
 from onnxpress.passes.pruning._ffn import ffn_layers
@@ -63,13 +64,13 @@ class Variants:
     rounds: int
     _whole: Any = None
 
-    def share(self, plan: Plan) -> float:
-        """Time, or bytes, of the smaller model over those of the whole one."""
+    def share(self, plan: Plan) -> tuple[float, float]:
+        """Time, or bytes, of the smaller model over those of the whole one, and how wrong that may be."""
         if self._whole is None:
             self._whole = self._measured(Plan())
         other = self._measured(plan)
         if isinstance(other, float):
-            return other / float(self._whole)
+            return other / float(self._whole), 0.0
         return _ratio(self._whole, other, self.rounds)
 
     def nbytes(self) -> float:
@@ -77,6 +78,11 @@ class Variants:
         if self._whole is None:
             self._whole = self._measured(Plan())
         return float(self._whole)
+
+    def rest(self) -> None:
+        """Lets go of the whole model where it is open, until it is needed again."""
+        if self.phase is not None:
+            self._whole = None
 
     def _measured(self, plan: Plan) -> Any:
         """Bytes, or an open model."""
@@ -115,19 +121,35 @@ def blocks_gone(parts: Sequence[Any], gone: Sequence[int]) -> list[int]:
 
 
 def _narrow(one: Structure, count: int) -> None:
+    """Leaves the first structures; what the reader's weights are does not matter: they are made when they are read."""
     one.codes = to_floats(one.reader) if one.reader.holder not in FLOATS else None
-    kept = np.arange(count)
-    put(one, kept, one.reader.w_NK()[:, columns_of(one, kept)], {})
+    kept, rows = np.arange(count), one.reader.num_out
+    columns = len(columns_of(one, kept))
+    if one.codes is None:
+        one.cut(kept, {})
+        graph = one.reader.node.graph
+        assert isinstance(graph, ir.Graph)
+        name = unique_name(graph, f"{one.reader.name}.pruned")
+        one.reader.set_weight(lambda: np.full((rows, columns), 0.01, np.float32), name, (rows, columns))
+    else:
+        put(one, kept, np.full((rows, columns), 0.01, np.float32), {})
 
 
-def _ratio(whole: Stopwatch, other: Stopwatch, rounds: int) -> float:
-    """Seconds of `other` over those of `whole`: the median over rounds in which they take turns."""
+def _ratio(whole: Stopwatch, other: Stopwatch, rounds: int) -> tuple[float, float]:
+    """Seconds of `other` over those of `whole`, and the standard error.
+
+    The median over rounds in which they take turns; its error by the median distance of rounds from it.
+    """
     ratios = []
     for number in range(rounds + 1):
         turns = (whole, other) if number % 2 else (other, whole)
         seconds = {id(one): one.seconds() for one in turns}
         ratios.append(seconds[id(other)] / seconds[id(whole)])
-    return statistics.median(ratios[1:])  # the first warms up
+    ratios = ratios[1:]  # the first warms up
+    middle = statistics.median(ratios)
+    # For normal noise 1.48 median distances are a standard deviation, and a median has 1.25 times the error of a mean.
+    spread = 1.48 * statistics.median(abs(one - middle) for one in ratios)
+    return middle, 1.25 * spread / math.sqrt(len(ratios))
 
 
 @dataclass
@@ -137,12 +159,16 @@ class Savings:
     Attributes:
         attention, feed_forward: of one sublayer; NaN where none may go.
         channels: that a layer of the usual size saves when these `shares` of its channels are gone.
+        error: the largest standard error of a smaller model's share of the whole.
+        best: the most that any of the smaller models saved.
     """
 
     attention: float = np.nan
     feed_forward: float = np.nan
     shares: list[float] = field(default_factory=list)
     channels: list[float] = field(default_factory=list)
+    error: float = 0.0
+    best: float = 0.0
 
     def narrowed(self, shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """What a layer saves that loses these shares of its channels: a line through what was measured.
@@ -152,6 +178,15 @@ class Savings:
         """
         x, y = np.array(self.shares), np.array(self.channels)
         return shares * max(float(x @ y / (x @ x)), 0.0)
+
+    def record(self) -> dict[str, npt.NDArray[Any]]:
+        """For a journal."""
+        return {name: np.array(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def of(cls, record: Mapping[str, npt.NDArray[Any]]) -> Savings:
+        """What `record` gave."""
+        return cls(**{name: array.tolist() for name, array in record.items()})
 
 
 def measure(
@@ -177,7 +212,9 @@ def measure(
             plans.append(("channels", Plan((), counts), len(layers)))
     what = "weights" if variants.phase is None else variants.phase
     for kind, plan, number in variants.context.track(plans, f"prune: what smaller models save of {what}"):
-        saved = (1 - variants.share(plan)) / number
+        share, error = variants.share(plan)
+        saved = (1 - share) / number
+        found.error, found.best = max(found.error, error), max(found.best, 1 - share)
         if kind == "channels":
             found.channels.append(saved)
         else:

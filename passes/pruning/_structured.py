@@ -72,9 +72,8 @@ class Structured(Pass):
         self.check(self.size is None or sizes.read(self.size) is not None, "size", "a size such as '90MB' or '1.2GiB'")
         self.check(self.kl is None or self.kl > 0, "kl", "positive", "0.1 is a mild loss")
         self.check(self.counts is None or min(self.counts, default=0) >= 1, "counts", "numbers of at least 1")
-        self.check(
-            self.allocation != "uniform" or self.ratio is not None, "allocation", "'kl' or 'loss' without a ratio"
-        )
+        given_away = self.ratio is not None or self.counts is not None
+        self.check(self.allocation != "uniform" or given_away, "allocation", "'kl' or 'loss' without a ratio")
         self.check(self.kl is None or self.allocation == "kl", "allocation", "'kl' where kl is given")
         self.check(self.teacher or not self.refit, "refit", "False without teacher", "write teacher=True, refit=True")
         self.check(self.ridge > 0, "ridge", "positive", "0.05 suits most models")
@@ -115,10 +114,12 @@ class Structured(Pass):
         self._check_size(found, besides)
         self._take_counts(found)
         windows = prepared(model, found, context, report, self.tokens, self.length)
-        if self.allocation == "uniform":
+        if self.counts is not None:
+            pass
+        elif self.allocation == "uniform":
             for one in found:
                 one.count = one.nearest(self.ratio or 0.0)
-        elif self.counts is None:
+        else:
             self._check_kl(model)
             cut = self.ratio or PROBED
             probe = self.probe if self.allocation == "kl" else None
@@ -288,7 +289,7 @@ class Structured(Pass):
         """Cuts a layer in the graph; a matrix that stays whole is left to `_refit`."""
         key = id(one.reader.output)
         if one.kept is None or len(one.kept) == one.total:
-            what = "no smaller size is worth what it costs"
+            what = "no smaller size is worth what it costs" if self.counts is None else "counts says so"
             if one.kept is None and one.count < one.total:
                 what = "its weights or its activation are not finite on the calibration text"
             report.skip(one.name, f"stays whole: {what}")

@@ -41,6 +41,7 @@ from onnxpress.compiler.probe import image_sizes, random_inputs
 from onnxpress.compiler.sensitivity import Sensitivity, digest_of
 from onnxpress.compiler.threads import workers
 from onnxpress.passes.pruning import _network, _parts, _refit
+from onnxpress.passes.pruning._layers import TOKENS_PER_SAMPLE
 from onnxpress.passes.pruning._network import Gap, Network
 from onnxpress.passes.pruning._parts import Part, drop, edit_config, find_parts, may_go
 
@@ -171,7 +172,7 @@ class DropBlocks(Pass):
     def _plan(self, model: ir.Model, parts: Sequence[Part], free: list[int], context: Context, report: Report) -> _Plan:
         plan = _Plan(sorted(self.indices or ()))
         is_fitting = self.compensate
-        if is_fitting and not context.calibration.is_text:
+        if is_fitting and not (context.arrays or context.calibration.is_text):
             report.skip("compensation", "there is no text, of which the model's tokenizer.json makes tokens")
             is_fitting = False
         if self.indices is not None and not is_fitting:
@@ -208,23 +209,10 @@ class DropBlocks(Pass):
                 hint="use --target cuda (float16), or name indices=",
             )
         network = Network(model, sublayers=self.parts == "sublayers")
-        graph, text = network.model.graph, context.calibration
+        graph = network.model.graph
         windows: list[Feeds] = []
         try:
-            if is_fitting:
-                ids_WS, report.calibration = text.windows(self.tokens + self.length, self.length)
-                windows = [*feeds(graph, ids_WS)]
-                if len(windows) == 1:
-                    report.notes.append("there is one window of text only: losses are measured on what was fitted")
-                windows = windows[1:] or windows
-            elif text.is_text:
-                ids_WS, report.calibration = text.windows(self.probe, self.probe)
-            else:
-                length = min(self.probe, text.max_length or _RANDOM_TOKENS)
-                vocabulary = max((one.num_rows for one in find_embeddings(network.model)), default=2)
-                ids_WS = np.random.default_rng(context.seed).integers(0, vocabulary, (1, length))
-                report.calibration = {"text": f"{length} random tokens, since the model has no tokenizer.json"}
-            window: Feeds = feeds(graph, ids_WS[:1, : self.probe])[0]
+            window, windows = self._windows(network.model, context, report, is_fitting=is_fitting)
         except StreamingError:
             if self.indices is not None:
                 raise
@@ -238,6 +226,35 @@ class DropBlocks(Pass):
         size = math.prod(window["input_ids"].shape) if "input_ids" in window else 0
         report.calibration["costs"] = f"{sensitivity.measure} on " + (f"{size} of these tokens" if size else "these")
         return _Study(network, sensitivity, windows, digest.hexdigest())
+
+    def _windows(
+        self, model: ir.Model, context: Context, report: Report, *, is_fitting: bool
+    ) -> tuple[Feeds, list[Feeds]]:
+        """The window that losses are measured on, and those that are fitted to, [] where nothing is."""
+        text = context.calibration
+        found: list[Feeds] = []
+        if context.arrays:
+            samples = max(1, self.tokens // TOKENS_PER_SAMPLE) if is_fitting else 1
+            given, report.calibration = context.arrays.windows(model.graph, samples)
+            found = [*given]
+        elif is_fitting:
+            ids_WS, report.calibration = text.windows(self.tokens + self.length, self.length)
+            found = [*feeds(model.graph, ids_WS)]
+        if is_fitting:
+            if len(found) == 1:
+                report.notes.append("there is one window of data only: losses are measured on what was fitted")
+            first: Feeds = found[0] if context.arrays else feeds(model.graph, ids_WS[:1, : self.probe])[0]
+            return first, found[1:] or found
+        if context.arrays:
+            return found[0], []
+        if text.is_text:
+            ids_WS, report.calibration = text.windows(self.probe, self.probe)
+        else:
+            length = min(self.probe, text.max_length or _RANDOM_TOKENS)
+            vocabulary = max((one.num_rows for one in find_embeddings(model)), default=2)
+            ids_WS = np.random.default_rng(context.seed).integers(0, vocabulary, (1, length))
+            report.calibration = {"text": f"{length} random tokens, since the model has no tokenizer.json"}
+        return feeds(model.graph, ids_WS[:1, : self.probe])[0], []
 
     def _by_stream(
         self, study: _Study, parts: Sequence[Part], free: list[int], context: Context, report: Report

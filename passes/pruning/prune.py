@@ -11,11 +11,10 @@ Differs: depth is an option of the same solver; what saves is timed in whole mod
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +27,7 @@ from onnxpress.compiler.errors import OptionError, PreconditionError
 from onnxpress.compiler.linears import find_linears
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report, weight_bytes
 from onnxpress.compiler.sensitivity import Sensitivity, digest_of
+from onnxpress.passes.pruning import _network, _parts, _savings
 from onnxpress.passes.pruning._ffn import ffn_layers
 from onnxpress.passes.pruning._layers import PROBED, Structure, identity, prepared, price
 from onnxpress.passes.pruning._network import Network
@@ -38,6 +38,7 @@ _KINDS = ("attention", "channels", "feed_forward")
 _FINE = 1e9  # of the whole, in the solver's whole numbers
 _RUINED = 1e6  # cost of a sublayer without which the outputs are not finite
 _TRIES = 4  # choices that are timed or weighed
+_SURE = 2  # standard errors that a saving must be above
 _BELOW, _ABOVE = 0.98, 1.06  # of the speed asked for, which is as good as met: timing is no more exact
 
 
@@ -104,10 +105,12 @@ class Prune(Pass):
         self.check(self.multiple is None or self.multiple >= 1, "multiple", "at least 1")
         for option, least in (("tokens", 1), ("length", 1), ("probe", 16), ("rounds", 1)):
             self.check(getattr(self, option) >= least, option, f"at least {least}")
+        if self.size is not None and (self.phase, self.rounds) != ("decode", Prune.rounds):
+            raise OptionError("prune: phase and rounds have no effect with size", hint="a size is weighed, not timed")
 
     @classmethod
     def example(cls, model: ir.Model) -> Prune:
-        return cls(size=f"{0.98 * weight_bytes(model):.0f}", tokens=64, length=32, probe=16, rounds=1)
+        return cls(size=f"{0.98 * weight_bytes(model):.0f}", tokens=64, length=32, probe=16)
 
     def rewrite(self, model: ir.Model, context: Context) -> Report:
         report = Report()
@@ -117,19 +120,32 @@ class Prune(Pass):
         layers = self._layers(model, parts, report)
         free = self._free(model, parts, report)
         if not free and not layers:
-            return report
+            raise OptionError(
+                "prune: found no sublayers or layers of a transformer that may go"
+                + (f" ({report.skipped[0].site}: {report.skipped[0].reason})" if report.skipped else ""),
+                hint="convolutional networks are narrowed by prune_channels",
+            )
         phase = self.phase if self.size is None else None
         variants = Variants(model, context, self.then, self.multiple, phase, self.rounds)
         needed = self._needed(variants)
         attention = [index for index in free if parts[index].has_attention]
         others = [index for index in free if not parts[index].has_attention]
-        savings = measure(variants, attention, others, list(layers.values()))
+        key = f"{digest_of(model)} {identity(type(self), _network, _parts, _savings)}"
+        section = context.journal.section(self.name(), str(self), context.target.name)
+        # A run that goes on after it was stopped goes on with the same choice.
+        record = section.read("savings", key)
+        if record is None:
+            record = measure(variants, attention, others, list(layers.values())).record()
+            section.write("savings", key, record)
+        savings = Savings.of(record)
         # Before text is read: what cannot be is refused at once.
-        self._check_reach(self._choices(parts, free, layers, savings, {}), needed, variants)
-        costs = self._part_costs(model, free, context, report) if free else {}
-        layers = self._priced(model, layers, context, report) if layers else {}
+        self._check_reach(self._choices(parts, free, layers, savings, {}), needed, variants, savings)
+        variants.rest()
+        costs = self._part_costs(model, free, key, context, report) if free else {}
+        layers = self._priced(model, layers, savings, needed, context, report) if layers else {}
         choices = self._choices(parts, free, layers, savings, costs)
         plan, share = self._chosen(choices, needed, variants, report)
+        variants.rest()
         self._apply(model, plan, parts, context, report)
         self._sum_up(report, variants, savings, share)
         return report
@@ -142,15 +158,16 @@ class Prune(Pass):
     def _layers(self, model: ir.Model, parts: Sequence[Part], report: Report) -> dict[int, Structure]:
         """Layers that may be narrowed, by the number of their part; -1, -2, ... for those outside of any."""
         linears = find_linears(model)
-        found = ffn_layers(linears, lambda _: self._excluded, self.multiple, report)
-        names = [one.name for one in found] + [skip.site for skip in report.skipped] + [part.name for part in parts]
+        told = Report()
+        found = ffn_layers(linears, lambda _: self._excluded, self.multiple, told)
+        names = [part.name for part in parts] + [one.name for one in found] + [skip.site for skip in told.skipped]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 hint = f"they are called {', '.join(names[:3])}" if names else "this model has none"
                 raise OptionError(f"prune: exclude={pattern!r} matches no layer or sublayer", hint=hint)
         if "channels" not in self.take:
-            report.skipped.clear()
             return {}
+        report.skipped += told.skipped
         of_output = {
             str(value.name): index for index, part in enumerate(parts) for node in part.nodes for value in node.outputs
         }
@@ -169,7 +186,9 @@ class Prune(Pass):
                 report.skip(part.name, f"stays: {reasons.get(part.name, 'excluded')}")
         return found
 
-    def _part_costs(self, model: ir.Model, free: Sequence[int], context: Context, report: Report) -> dict[int, float]:
+    def _part_costs(
+        self, model: ir.Model, free: Sequence[int], key: str, context: Context, report: Report
+    ) -> dict[int, float]:
         """What the model's predictions lose without each sublayer."""
         network = Network(model, sublayers=True)
         if context.arrays:
@@ -178,8 +197,8 @@ class Prune(Pass):
             ids_WS, report.calibration = context.calibration.windows(self.probe, self.probe)
             window = feeds(network.model.graph, ids_WS[:1])[0]
         sensitivity = Sensitivity(network.model, window, [], ends=network.ends)
-        digest = hashlib.sha256(f"{digest_of(model)} {report.calibration['sha256']}".encode()).hexdigest()
-        section = context.journal.section(self.name(), "sublayers", context.target.name, identity(type(self)), digest)
+        digest = f"{key} {report.calibration['sha256']}"
+        section = context.journal.section(self.name(), "sublayers", str(self.probe), context.target.name)
         costs = {}
         for index in context.track(free, "prune: what each sublayer costs"):
             record = section.read(str(index), digest)
@@ -191,14 +210,23 @@ class Prune(Pass):
         return costs
 
     def _priced(
-        self, model: ir.Model, layers: dict[int, Structure], context: Context, report: Report
+        self,
+        model: ir.Model,
+        layers: dict[int, Structure],
+        savings: Savings,
+        needed: float,
+        context: Context,
+        report: Report,
     ) -> dict[int, Structure]:
         """The layers of a copy, with what their sizes cost; those that cannot be fitted are left out."""
         copy = model.clone()
         names = {one.name: index for index, one in layers.items()}
         found = ffn_layers(find_linears(copy), lambda _: lambda name: name not in names, self.multiple, Report())
         windows = prepared(copy, found, context, report, self.tokens, self.length)
-        found = price(self, copy, found, windows, context, report, cut=PROBED, probe=self.probe)
+        # A cost is probed near the share that layers will lose, if channels alone are taken.
+        most = len(found) * float(savings.narrowed(np.ones(1))[0])
+        cut = min(0.5, max(0.1, needed / most)) if needed and most > 0 else PROBED
+        found = price(self, copy, found, windows, context, report, cut=cut, probe=self.probe)
         return {names[one.name]: one for one in found}
 
     # ---- what to take
@@ -242,16 +270,25 @@ class Prune(Pass):
             )
         return 1 - asked / present
 
-    def _check_reach(self, choices: Sequence[_Choice], needed: float, variants: Variants) -> None:
+    def _check_reach(self, choices: Sequence[_Choice], needed: float, variants: Variants, savings: Savings) -> None:
         most = sum(choice.most for choice in choices)
-        if most >= needed and most > 0:
-            return
+        if savings.best <= _SURE * savings.error or most <= 0:
+            raise OptionError(
+                f"prune: nothing that may be taken is seen to save time: at most {savings.best:.1%} of the time to "
+                f"{self.phase} in a smaller model, and timing is wrong by {savings.error:.1%}",
+                hint="try a quieter machine, more rounds, or give size=",
+            )
+        if most < needed:
+            self._refuse(variants, 1 - most, "with all that may be taken the model comes to")
+
+    def _refuse(self, variants: Variants, share: float, what: str) -> NoReturn:
+        """Raises that the aim is missed, with the nearest to it; `share` is left of the whole."""
         if self.size is not None:
-            asked, nearest = f"size={self.size}", f"size='{sizes.written(variants.nbytes() * (1 - most))}'"
+            asked, nearest = f"size={self.size}", f"size='{sizes.written(variants.nbytes() * share)}'"
         else:
-            asked, nearest = f"speedup={self.speedup}", f"speedup={math.floor(100 / (1 - most)) / 100}"
+            asked, nearest = f"speedup={self.speedup}", f"speedup={max(math.floor(100 / share), 101) / 100}"
         raise OptionError(
-            f"prune: {asked} cannot be met: with all that may be taken the model comes to {nearest}",
+            f"prune: {asked} cannot be met: {what} {nearest}",
             hint=f"the nearest is {nearest}; a quantizer goes further (then='rtn(bits=4)' counts it in)",
         )
 
@@ -281,7 +318,7 @@ class Prune(Pass):
         for _ in variants.context.track(range(_TRIES if self.kl is None else 1), "prune: is it so"):
             chosen = self._solve(choices, min(target, most))
             plan = _plan(choices, chosen)
-            share = variants.share(plan)
+            share, _ = variants.share(plan)
             cost = sum(choice.options[index][0] for choice, index in zip(choices, chosen, strict=True))
             # Where the aim is met, what costs least is best; where not, what comes nearest.
             reached = (1 - needed) / share
@@ -294,8 +331,7 @@ class Prune(Pass):
             target = sum_of_parts * max(min(needed / saved, 1.5), 0.67) + 1e-6
         (missed, _), plan, share, cost = min(found, key=lambda one: one[0])
         if missed and self.kl is None:
-            was = sizes.written(variants.nbytes() * share) if self.size is not None else f"speedup={1 / share:.2f}"
-            report.notes.append(f"what was asked for was not met: the nearest found is {was}")
+            self._refuse(variants, share, "the nearest that was found comes to")
         report.metrics["expected_kl"] = cost
         return plan, share
 
@@ -350,6 +386,8 @@ class Prune(Pass):
         ]
         rows = zip(savings.shares, savings.channels, strict=True)
         said += [f"{gone:.0%} of a layer's channels {value:.2%}" for gone, value in rows]
+        if self.size is None:
+            of += f", which is known to {savings.error:.1%}"
         report.notes.insert(1, f"saves of {of}{after}: {', '.join(said)}; together it came to {1 - share:.1%}")
 
 

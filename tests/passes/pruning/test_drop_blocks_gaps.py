@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxpress.compiler import pipeline
+from onnxpress.compiler.calibration_arrays import CalibrationArrays
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
 from onnxpress.compiler.journal import Journal, Section
@@ -272,6 +273,15 @@ def test_a_model_of_images_is_measured_on_random_inputs(tiny_export: Callable[..
     assert report.metrics["kl"] > 0  # of the classes
     assert report.calibration["text"].startswith("random inputs")
     assert sum(name.startswith("block") for name in report.changed) == 1
+
+
+def test_a_model_of_images_is_measured_and_fitted_on_given_images(tiny_export: Callable[..., Path]) -> None:
+    model = ir.load(find_graph(tiny_export("vit", "optimum", num_layers=5)))
+    images = np.random.default_rng(0).standard_normal((40, 3, 32, 32)).astype(np.float32)
+    context = Context(arrays=CalibrationArrays({"pixel_values": images}, "images"))
+    report = DropBlocks(count=1).run(model, context)
+    assert "images" in report.calibration["text"]
+    assert report.metrics["kl"] < report.metrics["kl_plain"], "what makes up for the gap was fitted"
 
 
 class Killed(BaseException):

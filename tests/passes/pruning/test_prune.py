@@ -27,7 +27,7 @@ from onnxpress.models.directory import find_graph
 from onnxpress.passes.pruning import _layers, _savings
 from onnxpress.passes.pruning._parts import find_parts
 
-TEXT = "tokens=256, length=32, probe=32, rounds=1"
+TEXT = "tokens=256, length=32, probe=32"
 Price = Callable[[ir.Model], float]
 
 
@@ -196,11 +196,31 @@ def test_a_sum_that_misjudges_is_corrected() -> None:
     assert report.metrics["decode_speedup"] == pytest.approx(1 / less(model), rel=0.02)
 
 
-def test_what_is_not_met_is_said() -> None:
+def test_what_is_not_met_is_refused() -> None:
     """A clock by which nothing but the first look saves time."""
     looks = iter(range(100))
-    report = run(deep(), f"prune(speedup=1.2, {TEXT})", lambda model: bytes_count(model) if next(looks) < 6 else 5e9)
-    assert any(note.startswith("what was asked for was not met") for note in report.notes)
+    with pytest.raises(OptionError, match=r"the nearest that was found comes to speedup=1\.01"):
+        run(deep(), f"prune(speedup=1.2, {TEXT})", lambda model: bytes_count(model) if next(looks) < 6 else 5e9)
+
+
+def test_what_saves_no_time_is_not_taken() -> None:
+    for options in ("speedup=1.1", "kl=0.03"):
+        model = deep()
+        with pytest.raises(OptionError, match="nothing that may be taken is seen to save time"):
+            run(model, f"prune({options}, {TEXT})", lambda _: 1.0)
+        assert graphs.text(model) == graphs.text(deep())
+
+
+def test_noise_is_told_from_savings() -> None:
+    noise = np.random.default_rng(0)
+
+    class Noisy:
+        def seconds(self) -> float:
+            return float(noise.lognormal(0, 0.5))
+
+    context = Context(calibration=CalibrationText(vocab_size=200, seed=1), stopwatch=lambda *_: Noisy())
+    with pytest.raises(OptionError, match="timing is wrong by"):
+        pipeline.run(deep(), pipeline.parse(f"prune(speedup=1.1, {TEXT})"), context)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +232,7 @@ def test_what_is_not_met_is_said() -> None:
         ("size='small'", "size must be a size", None),
         ("speedup=1.2, take=('heads',)", "take must be some of attention, channels, feed_forward", "take=("),
         ("speedup=1.2, rounds=0", "rounds must be at least 1", None),
+        ("size='90kB', phase='prefill'", "phase and rounds have no effect with size", "weighed"),
         ("speedup=50.0", "speedup=50.0 cannot be met", "the nearest is speedup="),
         ("size='1kB'", "size=1kB cannot be met", "the nearest is size="),
         ("size='1GB'", "size=1GB is met as it is", "ask for less"),
@@ -281,9 +302,9 @@ def test_a_real_clock_times_real_sessions(tmp_path: Path, monkeypatch: pytest.Mo
     """Seconds of tiny models are mostly noise: each session tells some, and what they say is made up."""
     seen: list[float] = []
 
-    def ratio(whole: Any, other: Any, rounds: int) -> float:
-        seen.extend(one.seconds() for one in (whole, other) * rounds)
-        return 0.9
+    def ratio(whole: Any, other: Any, rounds: int) -> tuple[float, float]:
+        seen.extend(one.seconds() for one in (whole, other))
+        return 0.9, 0.01
 
     monkeypatch.setattr(_savings, "_ratio", ratio)
     write_graph(deep(), tmp_path)
@@ -294,3 +315,9 @@ def test_a_real_clock_times_real_sessions(tmp_path: Path, monkeypatch: pytest.Mo
         assert artifact.report["passes"][0]["metrics"][f"{phase}_speedup"] == pytest.approx(1 / 0.9)
     assert len(seen) == 2 * 2 * 6
     assert min(seen) > 0
+
+
+def test_what_is_no_transformer_is_told_what_is_for_it() -> None:
+    with pytest.raises(OptionError, match="found no sublayers") as caught:
+        run(graphs.branching(), "prune(speedup=1.1)")
+    assert "prune_channels" in str(caught.value.hint)

@@ -436,3 +436,11 @@ def test_what_cannot_be_met_is_refused_with_the_nearest() -> None:
 def test_a_budget_that_layers_share_needs_an_allocation() -> None:
     with pytest.raises(OptionError, match="allocation must be 'kl' or 'loss' without a ratio"):
         pipeline.parse("prune_heads(size='1MB')")
+
+
+def test_counts_say_what_each_layer_keeps() -> None:
+    by_ratio, by_counts = decoder(), decoder()
+    run(by_ratio, HALF)
+    run(by_counts, HALF.replace("ratio=0.25", "counts=(1, 1)"))
+    assert "ratio=0.25" in HALF
+    assert graphs.text(by_counts) == graphs.text(by_ratio)
