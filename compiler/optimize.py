@@ -151,9 +151,13 @@ def optimize(
         if not calibration and _can_write(source):
             is_self = True
         elif texts and "tokenizer.json" not in source.files:
+            reads = [str(value.name) for value in source.model.graph.inputs]
+            if "input_ids" in reads:
+                hint = "put it beside the model; or leave the calibration text out, with a recipe such as int4-rtn"
+            else:
+                hint = f"this model reads {', '.join(reads[:3])}: give a .npz file with an array for each input"
             raise CalibrationError(
-                f"{', '.join(texts)}: the model has no tokenizer.json, which turns text into tokens",
-                hint="put it beside the model; or leave the calibration text out, with a recipe such as int4-rtn",
+                f"{', '.join(texts)}: the model has no tokenizer.json, which turns text into tokens", hint=hint
             )
         context.calibration = CalibrationText(
             texts=texts,
@@ -268,10 +272,15 @@ def _keeping(pipeline: Pipeline) -> Pipeline:
 
 def _check_arrays(source: models.Source, context: Context, others: Sequence[object]) -> None:
     """Raises CalibrationError unless the model reads just the arrays that were given."""
-    if any(value.name == "input_ids" for value in source.model.graph.inputs) or others:
+    if any(value.name == "input_ids" for value in source.model.graph.inputs):
         raise CalibrationError(
-            f"{context.arrays.about}: arrays are for models that read no text, and for nothing else beside them",
-            hint="give a text file, a folder of them, a dataset, 'english' or 'self' to a text model",
+            f"{context.arrays.about}: expected text, since the model reads input_ids; found arrays",
+            hint="give a text file, a folder of them, a dataset, 'english' or 'self'",
+        )
+    if others:
+        raise CalibrationError(
+            f"{context.arrays.about}: arrays are for models that read no text, found {', '.join(map(str, others))} beside",
+            hint="leave the text out",
         )
     context.arrays.held_out(source.model.graph)
 
