@@ -278,8 +278,9 @@ def _check_arrays(source: models.Source, context: Context, others: Sequence[obje
             hint="give a text file, a folder of them, a dataset, 'english' or 'self'",
         )
     if others:
+        beside = ", ".join(map(str, others))
         raise CalibrationError(
-            f"{context.arrays.about}: arrays are for models that read no text, found {', '.join(map(str, others))} beside",
+            f"{context.arrays.about}: arrays are for models that read no text, found {beside} beside them",
             hint="leave the text out",
         )
     context.arrays.held_out(source.model.graph)
