@@ -91,7 +91,7 @@ class PruneHeads(Structured):
         (total,), (left,), heads = before, after, node.attributes["num_heads"].as_int()
         counts = _Counts(heads // left * total, heads, total, left, structures[0].reader.num_in // heads)
         texts = [one for one in (context.config, context.config.get("text_config")) if isinstance(one, dict)]
-        if context.config and not [one for one in texts if _edit(one, counts)]:
+        if context.config and not [one for one in texts if _edit(one, counts, report)]:
             report.notes.append(f"the config says nothing of {counts.heads} heads: it stays as it is")
 
 
@@ -111,14 +111,23 @@ def _layer(name: str) -> str:
     return name.removesuffix("o") + "attention" if name.endswith(".o") else f"{name}.attention"
 
 
-def _edit(config: dict[str, Any], counts: _Counts) -> bool:
+def _edit(config: dict[str, Any], counts: _Counts, report: Report) -> bool:
     """Writes the new numbers of heads, and the size of a head where the width of the model no longer tells it."""
-    keys = [key for key in _HEADS if config.get(key) == counts.heads]
+    hidden = next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)
+    usual = None if hidden is None else hidden / counts.size  # heads of such a model before any were taken out
+    keys = [key for key in _HEADS if config.get(key) in (counts.heads, usual)]
     if not keys:
         return False
-    config |= dict.fromkeys(keys, counts.heads_left)
-    config |= {key: counts.kv_heads_left for key in _KV_HEADS if config.get(key) == counts.kv_heads}
-    hidden = next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)
+    kv_keys = [key for key in _KV_HEADS if config.get(key) == counts.kv_heads]
+    config |= dict.fromkeys(kv_keys, counts.kv_heads_left)
     if hidden != counts.heads_left * counts.size and not any(config.get(key) for key in _SIZES):
         config["head_dim"] = counts.size
+    if kv_keys and all(config[key] == usual for key in keys):
+        # optimum divides by it for the size of a head, whatever head_dim says; nothing else that runs graphs reads it.
+        report.notes.append(
+            f"the config keeps {keys[0]}={config[keys[0]]}, which optimum takes the size of a head from; "
+            f"the graph and genai_config.json have {counts.heads_left}"
+        )
+    else:
+        config |= dict.fromkeys(keys, counts.heads_left)
     return True

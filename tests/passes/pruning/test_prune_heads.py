@@ -141,7 +141,8 @@ def test_equals_the_same_surgery_in_torch(
     check.close(want, got, tolerance=1e-5)
     heads = {key: value for key, value in source.config.items() if key in ("n_head", "num_attention_heads")}
     grouped = architecture in ("llama", "gemma2", "phi3")
-    assert set(heads.values()) == {2 if grouped else 3}
+    divides = grouped and source.config["hidden_size"] == 16 * heads["num_attention_heads"]
+    assert divides or set(heads.values()) == {2 if grouped else 3}
     assert source.config["head_dim"] == 16
     if grouped:
         assert source.config["num_key_value_heads"] == 1
@@ -289,7 +290,10 @@ def test_the_ratio_is_met_and_layers_are_alike() -> None:
     config = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     report = run(model, f"prune_heads(ratio=0.25, {TEXT})", config=config)
     assert [row["structures_after"] for row in report.ledger if "structures_after" in row] == [1, 1, 1]
-    assert config == {"hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": HEAD_SIZE}
+    # optimum takes the size of a head from the width and this number of heads, which stays for it.
+    left = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": HEAD_SIZE}
+    assert config == left
+    assert any("optimum takes the size" in note for note in report.notes)
     stored = sum(one.num_in * one.num_out for one in find_linears(model) if one.kind in ("q", "k", "v", "o"))
     assert report.metrics["parameters_after"] == stored
     assert find_cache(model).num_heads == 1
