@@ -573,7 +573,7 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("the scale of a bias is overlooked", "(reader.scales[1] * added)", "added"),
         ("one reader decides", "costs = np.sum([one.costs(kept) for one in parts], axis=0)", "costs = parts[0].costs(kept)"),
         ("a fit that does not help is kept", "    if not error < judging.energy:", "    if False:"),
-        ("no bias is fitted", "        moved.append(d_NK[:, -1])", "        moved.append(d_NK[:, -1] * 0)"),
+        ("no bias is fitted", "        moved.append(d_NK[:, -1] if with_bias", "        moved.append(d_NK[:, -1] * 0 if with_bias"),
         ("means are taken for variance", "        return shrunk(second - np.outer(mean_K, mean_K), self.count)", "        return shrunk(second, self.count)"),
     ),
     "passes/pruning/_channel_groups.py": (

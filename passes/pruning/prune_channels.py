@@ -97,7 +97,8 @@ class PruneChannels(Pass):
         cut_out(model, walked, gone, fitted)
         left = float(sizes.bytes_besides(model, []))
         self._check_met(left)
-        self._tell(groups, chosen, report, besides - left, fitted=bool(fitted))
+        errors = [report.metrics.get(name, 0.0) for name in ("output_error", "output_error_unfitted")]
+        self._tell(groups, chosen, report, besides - left, fitted=errors[0] < errors[1])
         return report
 
     def _groups(self, walked: Walk, report: Report) -> list[Group]:

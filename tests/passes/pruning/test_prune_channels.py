@@ -432,6 +432,7 @@ def test_a_fit_is_judged_within_one_window_too() -> None:
     assert 0 < found[16].metrics["output_error"] < found[16].metrics["output_error_unfitted"]
     assert "output_error" not in found[1].metrics
     assert "refit" in {skip.site for skip in found[1].skipped}
+    assert "removed, fitted" in found[16].notes[0]
     assert "not fitted" in found[1].notes[0]
 
 
@@ -620,7 +621,7 @@ def test_patches_times_matrix_is_the_convolution(
 
 
 def test_a_trained_network_keeps_most_of_its_accuracy() -> None:
-    made = plain_networks.trained("inverted", 200, kinds=5)
+    made = plain_networks.trained("residual", 40, kinds=5)
     images, classes = plain_networks.patterns(500, seed=7, kinds=5)
     seen = CalibrationArrays({"x": plain_networks.patterns(128, seed=100, kinds=5)[0].numpy()}, "images")
 
@@ -633,4 +634,4 @@ def test_a_trained_network_keeps_most_of_its_accuracy() -> None:
     whole = share("")
     assert whole > 0.7
     assert share("ratio=0.3, multiple=4") > whole - 0.05
-    assert share("ratio=0.3, multiple=4, refit=False") < whole - 0.1
+    assert share("ratio=0.3, multiple=4, refit=False") < whole - 0.2
