@@ -577,7 +577,6 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("means are taken for variance", "        return shrunk(second - np.outer(mean_K, mean_K), self.count)", "        return shrunk(second, self.count)"),
     ),
     "passes/pruning/_channel_groups.py": (
-        ("fitted matrices are not counted", "not is_shared(reader) if slot == 1 else", "False if slot == 1 else"),
         ("new biases are not counted", "        if _is_bare(one.node) and one.bias() is not None", "        if False"),
         ("declared shapes stay", "                sizes[channels.axis] = int(alive(channels.labels).sum())", "                pass"),
         ("worth by nothing", "            worth += np.array(", "            worth += 0 * np.array("),

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxpress.compiler.linears import derived
 from onnxpress.compiler.pass_ import Report
 from onnxpress.passes.pruning._channel_moves import forget
-from onnxpress.passes.pruning._channel_readers import find_readers, is_shared
+from onnxpress.passes.pruning._channel_readers import find_readers
 from onnxpress.passes.pruning._channel_walk import Alive, Cut, Labels, Walk, constant_of, name_of, origin, uses
 
 Floats = npt.NDArray[np.float64]
@@ -150,7 +150,7 @@ def bytes_saved(walk: Walk, gone: Labels, *, fits: bool = False) -> float:
     Args:
         walk: of a graph that is still whole.
         gone: roots of the channels that go.
-        fits: whether readers of them are fitted: each then has a matrix of its own, unless several read it, and a bias.
+        fits: whether readers of them are fitted: each then has a bias of its own, and a matrix unless several read it.
     """
     alive = alive_without(walk, gone)
     fitted = {id(one.node): one for one in find_readers(walk) if fits and not alive(one.cut.labels).all()}
@@ -168,7 +168,7 @@ def bytes_saved(walk: Walk, gone: Labels, *, fits: bool = False) -> float:
         assert tensor is not None
         stays = {one.axis: alive(one.labels) for one in cuts}
         left = math.prod(float(one.mean()) for one in stays.values())
-        is_own = reader is not None and (not is_shared(reader) if slot == 1 else reader.bias() is not None)
+        is_own = reader is not None and slot == 2 and reader.bias() is not None
         if left < 1 or is_own:
             source = origin(value)
             alike = (id(source), *((axis, one.tobytes()) for axis, one in sorted(stays.items())))
