@@ -545,14 +545,21 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "passes/pruning/_channel_walk.py": (
         ("outputs of the model may shrink", "for value in model.graph.outputs:\n        if (last := found.of(value))", "for value in []:\n        if (last := found.of(value))"),
         ("a shared matrix comes apart", "            if len(known) == len(labels):\n                self.join(known, labels)", "            if len(known) == len(labels):\n                pass"),
+        ("sizes are not compared", "sizes[axis] in (None, len(labels))", "True"),
+        ("copies of a matrix come apart", "(id(origin(value)), axis, role)", "(id(value), axis, role)"),
     ),
     "passes/pruning/_channel_rules.py": (
+        ("a second input is overlooked", 'walk.freeze(state.labels, blame(node, "reads them beside what it works on"))', "pass"),
+        ("indices may be an output", "one.uses() or one.is_graph_output() for one", "one.uses() for one"),
+        ("a gate hands on too few", "    if len(labels) > 1 or all(", "    if True or all("),
         ("what is added need not shrink", "            walk.join(labels, state.labels)", "            pass"),
         ("groups lose different channels", "        walk.join(parts[0], part)", "        pass"),
         ("depthwise keeps its groups", "    walk.edit(state.labels, regroup)", "    pass"),
         ("Softmax over channels", "if axis == state.axis or (walk.opset < 13 and state.axis > axis):", "if walk.opset < 13 and state.axis > axis:"),
     ),
     "passes/pruning/_channel_moves.py": (
+        ("a half may be emptied", "    walk.parts += parts", "    pass"),
+        ("a shared target changes for all", 'or len(value.uses()) > 1 or value', "or value"),
         ("Flatten repeats in the wrong order", "np.repeat(np.tile(state.labels, wide // count), repeats)", "np.tile(np.tile(state.labels, wide // count), repeats)"),
         ("Reshape keeps its target", "        walk.edit(moved.labels, resize)", "        pass"),
         ("a reader of sizes is overlooked", "    walk.freeze(state.labels, blame(node, \"reads their number\"))", "    pass"),
@@ -563,16 +570,20 @@ MUTATIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("padding on the wrong side", 'if name == "SAME_UPPER" else (more, less)', 'if name == "SAME_LOWER" else (more, less)'),
     ),
     "passes/pruning/_channel_fit.py": (
+        ("one window has no judge", "        turn = min(_HELD_OUT, self.batch)", "        turn = self.batch + 1"),
+        ("the scale of a bias is overlooked", "(reader.scales[1] * added)", "added"),
         ("one reader decides", "costs = np.sum([one.costs(kept) for one in parts], axis=0)", "costs = parts[0].costs(kept)"),
         ("a fit that does not help is kept", "    if not error < judging.energy:", "    if False:"),
-        ("no bias is fitted", "        moved.append(d_NK[:, -1])", "        moved.append(d_NK[:, -1] * 0)"),
+        ("no bias is fitted", "        moved.append(d_NK[:, -1] if with_bias", "        moved.append(d_NK[:, -1] * 0 if with_bias"),
         ("means are taken for variance", "        return shrunk(second - np.outer(mean_K, mean_K), self.count)", "        return shrunk(second, self.count)"),
     ),
     "passes/pruning/_channel_groups.py": (
+        ("new biases are not counted", "        if _is_bare(one.node) and one.bias() is not None", "        if False"),
         ("declared shapes stay", "                sizes[channels.axis] = int(alive(channels.labels).sum())", "                pass"),
         ("worth by nothing", "            worth += np.array(", "            worth += 0 * np.array("),
     ),
     "compiler/calibration_arrays.py": (
+        ("NaN goes in", "np.isnan(array).any()", "False"),
         ("nothing is held out", "        left = np.arange(max(batch, total - self._held(total)))", "        left = np.arange(total)"),
     ),
 }  # fmt: skip

@@ -6,6 +6,8 @@ Axes: N samples, the first axis of every array
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,9 @@ import onnx_ir as ir
 from onnxpress.compiler.errors import CalibrationError
 
 Array = npt.NDArray[Any]
+Bound = tuple[Array, np.dtype[Any]]  # samples, and the type that an input has
 
-_SUFFIXES = (".npz", ".npy")
+SUFFIXES = (".npz", ".npy")
 _BATCH = 8  # samples of a window, where the graph leaves it open
 _HELD_OUT = 8  # one of so many samples is left for measuring the loss
 _FORM = (
@@ -53,12 +56,12 @@ class CalibrationArrays:
             CalibrationError: the arrays are not what the graph reads.
         """
         bound = self._bound(graph)
-        total = min(len(one) for one in bound.values())
+        total = min(len(one) for one, _ in bound.values())
         batch = min(self._batch(graph) or _BATCH, total)
         left = np.arange(max(batch, total - self._held(total)))
         windows = max(1, min(count, len(left)) // batch)
         chosen = left[np.unique(np.linspace(0, len(left) - 1, windows * batch).round().astype(int))]
-        taken = [{name: one[rows] for name, one in bound.items()} for rows in chosen.reshape(-1, batch)]
+        taken = [self._rows(bound, rows) for rows in chosen.reshape(-1, batch)]
         digest = hashlib.sha256()
         for feeds in taken:
             for name in sorted(feeds):
@@ -69,10 +72,20 @@ class CalibrationArrays:
     def held_out(self, graph: ir.Graph) -> tuple[dict[str, Array], str]:
         """One batch for measuring the loss, of samples that `windows` does not give where there are enough."""
         bound = self._bound(graph)
-        total = min(len(one) for one in bound.values())
+        total = min(len(one) for one, _ in bound.values())
         batch = self._batch(graph) or min(max(1, self._held(total)), 32)
         about = f"{batch} samples of {self.about}" + (", held out" if self._held(total) >= batch else "")
-        return {name: one[total - batch : total] for name, one in bound.items()}, about
+        return self._rows(bound, np.arange(total - batch, total)), about
+
+    def _rows(self, bound: Mapping[str, Bound], rows: npt.NDArray[np.integer]) -> dict[str, Array]:
+        """Some samples, of the types that the graph reads."""
+        found = {name: array[rows].astype(dtype, copy=False) for name, (array, dtype) in bound.items()}
+        for name, array in found.items():
+            if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
+                raise CalibrationError(
+                    f"calibration: {name!r} of {self.about} holds NaN", hint="leave out samples with missing numbers"
+                )
+        return found
 
     @staticmethod
     def _held(total: int) -> int:
@@ -84,8 +97,8 @@ class CalibrationArrays:
         sizes = [value.shape[0] for value in _needed(graph) if value.shape is not None and len(value.shape)]
         return next((int(one) for one in sizes if isinstance(one, int) and one > 0), None)  # some write -1 for any
 
-    def _bound(self, graph: ir.Graph) -> dict[str, Array]:
-        """The array of each input that the graph needs, of the type that it reads."""
+    def _bound(self, graph: ir.Graph) -> dict[str, Bound]:
+        """The array of each input that the graph needs, and the type that it reads."""
         needed = {str(value.name): value for value in _needed(graph)}
         arrays = dict(self.arrays)
         if len(needed) == 1 == len(arrays):  # whatever the file calls it
@@ -113,7 +126,7 @@ class CalibrationArrays:
                     f"{[dim if isinstance(dim, int) else str(dim or '?') for dim in shape]}, found {list(array.shape)}",
                     hint=_FORM,
                 )
-            found[name] = array.astype((value.dtype or ir.DataType.FLOAT).numpy(), copy=False)
+            found[name] = array, (value.dtype or ir.DataType.FLOAT).numpy()
         return found
 
 
@@ -122,23 +135,16 @@ def _needed(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in graph.inputs if value.name not in graph.initializers]
 
 
-def split_sources(given: Any) -> tuple[list[Path], list[str | Path]]:
-    """The sources that are arrays (files, or folders of them), and all others.
-
-    Args:
-        given: as for `read_sources`.
-    """
-    names = [given] if isinstance(given, str | Path) else list(given or ())
-    files: list[Path] = []
-    others: list[str | Path] = []
-    for name in names:
-        path = Path(name).expanduser()
-        inside = sorted(one for one in path.rglob("*") if one.suffix in _SUFFIXES) if path.is_dir() else []
-        if path.suffix in _SUFFIXES or inside:
-            files += inside or [path]
-        else:
-            others.append(name)
-    return files, others
+def _load(path: Path) -> dict[str, Array]:
+    """The arrays of a file, by name."""
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {path.stem: loaded}
+    with loaded:
+        held = {key: loaded[key] for key in loaded.files}
+    if others := [key for key, one in held.items() if not isinstance(one, np.ndarray)]:
+        raise ValueError(f"{others[0]} is none")
+    return held
 
 
 def read_arrays(files: list[Path]) -> CalibrationArrays:
@@ -153,9 +159,8 @@ def read_arrays(files: list[Path]) -> CalibrationArrays:
     parts: dict[str, list[Array]] = {}
     for path in files:
         try:
-            loaded = np.load(path, allow_pickle=False)
-            held = {path.stem: loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-        except (OSError, ValueError) as error:
+            held = _load(path)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise CalibrationError(f"{path}: expected arrays of numpy: {error}", hint=_FORM) from error
         for name, array in held.items():
             if not array.ndim or not len(array):

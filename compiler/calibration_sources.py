@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxpress.compiler.calibration_arrays import SUFFIXES as ARRAYS
 from onnxpress.compiler.errors import CalibrationError, StreamingError
 from onnxpress.compiler.journal import Section
 from onnxpress.compiler.pass_ import Tracker
@@ -32,6 +33,35 @@ _FORMS = "give a text file, a folder of them, a dataset such as org/name:config@
 
 _SELF_LENGTH = 256  # tokens of a text that the model writes: caches of plain graphs are copied at every step
 _SELF_BATCH = 32
+
+
+def split_sources(given: Given) -> tuple[list[Path], list[str | Path]]:
+    """The sources that are arrays (files, or folders of them), and all others.
+
+    Args:
+        given: as for `read_sources`.
+
+    Raises:
+        CalibrationError: a folder holds both arrays and text.
+    """
+    names = [given] if isinstance(given, str | Path) else list(given or ())
+    files: list[Path] = []
+    others: list[str | Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        arrays = [one for one in inside if one.suffix in ARRAYS]
+        texts = [one for one in inside if one.suffix.lower() in _SUFFIXES]
+        if arrays and texts:
+            raise CalibrationError(
+                f"{name}: expected arrays or text, found both: {arrays[0].name} and {texts[0].name}",
+                hint="name the files, or give a folder of one kind",
+            )
+        if path.suffix in ARRAYS or arrays:
+            files += arrays or [path]
+        else:
+            others.append(name)
+    return files, others
 
 
 def read_sources(given: Given) -> tuple[dict[str, str], bool]:

@@ -27,8 +27,8 @@ from onnxpress.compiler import registry
 from onnxpress.compiler import report as cards
 from onnxpress.compiler import vocabulary as vocabularies
 from onnxpress.compiler.artifact import Artifact, write_card, write_companions, write_graph
-from onnxpress.compiler.calibration_arrays import read_arrays, split_sources
-from onnxpress.compiler.calibration_sources import Given, own_text, read_sources
+from onnxpress.compiler.calibration_arrays import read_arrays
+from onnxpress.compiler.calibration_sources import Given, own_text, read_sources, split_sources
 from onnxpress.compiler.calibration_text import CalibrationText
 from onnxpress.compiler.errors import CalibrationError, OptionError, UnsupportedModelError
 from onnxpress.compiler.explain_fusion import unfused_layers

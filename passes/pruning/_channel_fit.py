@@ -28,7 +28,7 @@ from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.compiler.region import build_model
 from onnxpress.compiler.stats import shrunk
 from onnxpress.passes.pruning._channel_groups import Group, Key, alive_without
-from onnxpress.passes.pruning._channel_readers import Reader, find_readers
+from onnxpress.passes.pruning._channel_readers import Reader, find_readers, is_shared
 from onnxpress.passes.pruning._channel_walk import Labels, Walk, constant_of
 
 Floats = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ Index = npt.NDArray[np.integer]
 
 _WIDEST = 6144  # columns of which second moments are taken together (300 MB); of more only each column's own
 _RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # tried in turn, as long as the next one helps
-_HELD_OUT = 4  # every fourth window says how far a fit may go
+_HELD_OUT = 4  # every fourth window, or sample where there is but one window, says how far a fit may go
 
 
 @dataclass
@@ -188,7 +188,8 @@ def best_change(fitting: _Sums, judging: _Sums, *, with_bias: bool) -> tuple[Flo
         D [N, K], and the sums of squares on those samples without it and with it.
     """
     none = np.zeros((fitting.rows, fitting.size))
-    if not fitting.count or not np.isfinite(fitting.gram).all() or not np.isfinite(fitting.cross).all():
+    is_finite = np.isfinite(fitting.gram).all() and np.isfinite(fitting.cross).all()
+    if not fitting.size or not fitting.count or not is_finite:
         return none, judging.energy, judging.energy
     error, ridge = math.inf, 0.0
     for one in _RIDGES:
@@ -217,6 +218,25 @@ class Data:
     def each(self) -> int:
         """Samples of one window."""
         return max(1, -(-self.positions // len(self.windows)))
+
+    @property
+    def batch(self) -> int:
+        """Inputs of one window, along the first axis."""
+        return next((len(one) for one in self.windows[0].values() if one.ndim), 1)
+
+    @property
+    def has_judges(self) -> bool:
+        """Whether there is anything to judge a fit by that it has not seen."""
+        return len(self.windows) > 1 or self.batch > 1
+
+    def judges(self, window: int, places: npt.NDArray[np.int64], total: int) -> npt.NDArray[np.bool_]:
+        """Which places of a window, of `total` in order of its inputs, judge a fit and are not fitted to."""
+        if len(self.windows) > 1:
+            turn = min(_HELD_OUT, len(self.windows))
+            return np.full(len(places), window % turn == turn - 1)
+        turn = min(_HELD_OUT, self.batch)
+        judges: npt.NDArray[np.bool_] = places * self.batch // total % turn == turn - 1
+        return judges
 
 
 def measure(
@@ -282,6 +302,8 @@ def refit(
 ) -> dict[Key, npt.NDArray[np.floating]]:
     """New matrices and biases of readers that lose channels, of the shape before, zeros in the columns that go.
 
+    A matrix that several nodes read, or of too many columns, is left as it is: only biases are fitted.
+
     Args:
         model: not changed.
         walk: of it.
@@ -316,7 +338,17 @@ def refit(
     ):
         if values:
             report.metrics[name] = float(np.sqrt(np.mean(np.square(values))))
+    for one in readers:
+        if not len(_columns(one, alive(one.labels))):
+            del found[id(one.node), 1]
     return found
+
+
+def _columns(reader: Reader, stays_K: npt.NDArray[np.bool_]) -> Index:
+    """Numbers of the columns of a matrix that are fitted."""
+    if is_shared(reader) or stays_K.sum() > _WIDEST:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(stays_K)
 
 
 @dataclass(frozen=True)
@@ -340,27 +372,26 @@ def _fit(
     rng = np.random.default_rng(context.seed)
     w_PNK, bias = reader.matrices(), reader.bias()
     with_bias = bias is not None
-    columns = np.flatnonzero(stays_K) if stays_K.sum() <= _WIDEST else np.zeros(0, np.int64)
+    columns = _columns(reader, stays_K)
     sums = [[_Sums(len(columns) + with_bias, w_PNK.shape[1]) for _ in w_PNK] for _ in range(2)]
-    turn = min(_HELD_OUT, len(teacher))
     energy = 0.0
     for number, (x0, x) in enumerate(zip(teacher, pruned, strict=True)):
         places = reader.samples(x0, data.each, rng)
-        is_judge = turn > 1 and number % turn == turn - 1
+        judges_T = data.judges(number, places, reader.total(x0))
         pairs = zip(reader.patches(x0, places), reader.patches(x, places), strict=True)
-        for one, w_NK, (x0_TK, x_TK) in zip(sums[is_judge], w_PNK, pairs, strict=True):
+        for fitting, judging, w_NK, (x0_TK, x_TK) in zip(*sums, w_PNK, pairs, strict=True):
             whole_TN = x0_TK @ w_NK.T
             ones = np.ones((len(x_TK), int(with_bias)), np.float32)
-            one.add(
-                np.concatenate([x_TK[:, columns], ones], axis=1),
-                whole_TN - x_TK[:, stays_K] @ w_NK[:, stays_K].T,
-            )
-            energy += float(np.vdot(whole_TN, whole_TN)) if is_judge else 0.0
+            z_TK = np.concatenate([x_TK[:, columns], ones], axis=1)
+            missing_TN = whole_TN - x_TK[:, stays_K] @ w_NK[:, stays_K].T
+            for one, mask in ((fitting, ~judges_T), (judging, judges_T)):
+                one.add(z_TK[mask], missing_TN[mask])
+            energy += float(np.square(whole_TN[judges_T]).sum())
     new_PNK, moved, before, after = np.where(stays_K, w_PNK, 0), [], 0.0, 0.0
     for index, (fitting, judging) in enumerate(zip(*sums, strict=True)):
         d_NK, unfitted, fitted = best_change(fitting, judging, with_bias=with_bias)
         new_PNK[index][:, columns] += d_NK[:, : len(columns)].astype(np.float32)
-        moved.append(d_NK[:, -1])
+        moved.append(d_NK[:, -1] if with_bias else np.zeros(0))
         before, after = before + unfitted, after + fitted
     found[id(reader.node), 1] = on_disk(reader.stored(new_PNK), context.work_dir)
     if bias is not None:
@@ -393,7 +424,7 @@ def _outputs(
     for x in inputs:
         (y,) = call(session, [x, *weights], stage)
         if added is not None:
-            y = y + added.astype(dtype).reshape(-1, *(1,) * (y.ndim - 2))
+            y = y + (reader.scales[1] * added).astype(dtype).reshape(-1, *(1,) * (y.ndim - 2))
         yield y
 
 

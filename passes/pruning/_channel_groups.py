@@ -16,12 +16,15 @@ import onnx_ir as ir
 from onnxpress.compiler.linears import derived
 from onnxpress.compiler.pass_ import Report
 from onnxpress.passes.pruning._channel_moves import forget
-from onnxpress.passes.pruning._channel_walk import Alive, Cut, Labels, Walk, constant_of, name_of
+from onnxpress.passes.pruning._channel_readers import find_readers
+from onnxpress.passes.pruning._channel_walk import Alive, Cut, Labels, Walk, constant_of, name_of, origin, uses
 
 Floats = npt.NDArray[np.float64]
 Key = tuple[int, int]  # id of a node, number of its input
 
 _UNREAD = "no product reads its channels"
+_ENTRY = 240  # bytes of a graph that a constant takes beside its name and numbers, at most
+_EDIT = 300  # bytes of a graph that a changed target or bound takes more, at most
 
 
 @dataclass
@@ -72,13 +75,18 @@ def find_groups(walk: Walk, report: Report) -> list[Group]:
                 seen[number] = seen.get(number, 0) + 1
             elif cut.role == "row":
                 stays.setdefault(name_of(cut.node), reason)
+    for number, labels in enumerate(walk.parts, len(walk.cuts)):  # each keeps some: they are groups of their own
+        for root in map(int, walk.roots(labels)):
+            if root in places:
+                places[root][number] = places[root].get(number, 0) + 1
     alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for root, seen in places.items():
         alike.setdefault(tuple(sorted(seen.items())), []).append(root)
     groups: list[Group] = []
     names: set[str] = set()
     for signature, roots in alike.items():
-        cuts = [walk.cuts[number] for number, _ in signature]
+        numbers = [number for number, _ in signature if number < len(walk.cuts)]
+        cuts = [walk.cuts[number] for number in numbers]
         makers = list(dict.fromkeys(name_of(one.node) for one in cuts if one.role == "row"))
         name, again = makers[0], 1
         while name in names:  # a Split gave each part to others
@@ -88,7 +96,7 @@ def find_groups(walk: Walk, report: Report) -> list[Group]:
         if not any(one.role == "column" for one in cuts):
             stays.setdefault(name, _UNREAD)
             continue
-        groups.append(Group(name, makers, np.sort(np.array(roots)), [number for number, _ in signature]))
+        groups.append(Group(name, makers, np.sort(np.array(roots)), numbers))
     for name, reason in stays.items():
         report.skip(name, reason)
     return groups
@@ -136,26 +144,42 @@ def alive_without(walk: Walk, gone: Labels) -> Alive:
     return lambda labels: ~np.isin(walk.roots(labels), gone)
 
 
-def bytes_saved(walk: Walk, gone: Labels) -> float:
-    """Bytes of weights that go with these channels."""
-    alive, saved = alive_without(walk, gone), 0.0
-    for value, cuts in _by_value(walk).values():
+def bytes_saved(walk: Walk, gone: Labels, *, fits: bool = False) -> float:
+    """Bytes of a model's files that go with these channels, rather too few.
+
+    Args:
+        walk: of a graph that is still whole.
+        gone: roots of the channels that go.
+        fits: whether readers of them are fitted: each then has a bias of its own, and a matrix unless several read it.
+    """
+    alive = alive_without(walk, gone)
+    fitted = {id(one.node): one for one in find_readers(walk) if fits and not alive(one.cut.labels).all()}
+    rows = {id(one.node): one.labels for one in walk.cuts if one.role == "row"}
+    made: dict[tuple[object, ...], float] = {
+        (key, "new bias"): float(alive(rows[key]).sum()) * one.itemsize + 2 * len(name_of(one.node)) + _ENTRY
+        for key, one in fitted.items()
+        if _is_bare(one.node) and one.bias() is not None
+    }
+    replaced: dict[int, list[ir.Value]] = {}
+    for (node, slot), cuts in _by_input(walk).items():
+        value, reader = cuts[0].node.inputs[slot], fitted.get(node)
         tensor = constant_of(value)
-        assert tensor is not None
-        saved += tensor.nbytes * (1 - math.prod(float(alive(one.labels).mean()) for one in cuts))
-    return saved
-
-
-def _by_value(walk: Walk) -> dict[int, tuple[ir.Value, list[Cut]]]:
-    """Each constant once, and its cuts along different axes."""
-    found: dict[int, tuple[ir.Value, list[Cut]]] = {}
-    for cut in walk.cuts:
-        value = cut.node.inputs[cut.slot]
         assert value is not None
-        cuts = found.setdefault(id(value), (value, []))[1]
-        if all(one.axis != cut.axis for one in cuts):
-            cuts.append(cut)
-    return found
+        assert tensor is not None
+        stays = {one.axis: alive(one.labels) for one in cuts}
+        left = math.prod(float(one.mean()) for one in stays.values())
+        is_own = reader is not None and slot == 2 and reader.bias() is not None
+        if left < 1 or is_own:
+            source = origin(value)
+            alike = (id(source), *((axis, one.tobytes()) for axis, one in sorted(stays.items())))
+            made[(node, slot) if is_own else alike] = tensor.nbytes * left + 2 * len(value.name or "") + _ENTRY
+            replaced.setdefault(id(source), []).append(source)
+    saved = 0.0
+    for source, *others in replaced.values():
+        tensor = constant_of(source)
+        if tensor is not None and 1 + len(others) >= uses(source):  # nobody else needs it as it was
+            saved += tensor.nbytes + 2 * len(source.name or "") + 200
+    return saved - sum(made.values()) - _EDIT * sum(not alive(labels).all() for labels, _ in walk.edits)
 
 
 def cut_out(model: ir.Model, walk: Walk, gone: Labels, fitted: Mapping[Key, npt.NDArray[np.floating]]) -> None:
@@ -177,8 +201,7 @@ def cut_out(model: ir.Model, walk: Walk, gone: Labels, fitted: Mapping[Key, npt.
         else:
             _replace(model.graph, node, slot, cuts, alive, made)
         row = next((one for one in cuts if one.role == "row"), None)
-        is_bare = len(node.inputs) < 3 or node.inputs[2] is None
-        if row is not None and is_bare and (bias := fitted.get((id(node), 2))) is not None:
+        if row is not None and _is_bare(node) and (bias := fitted.get((id(node), 2))) is not None:
             _fit(model.graph, node, 2, bias[alive(row.labels)])
     for labels, rewrite in walk.edits:
         if not alive(labels).all():
@@ -190,6 +213,11 @@ def cut_out(model: ir.Model, walk: Walk, gone: Labels, fitted: Mapping[Key, npt.
                 sizes = list(value.shape)
                 sizes[channels.axis] = int(alive(channels.labels).sum())
                 value.shape = ir.Shape(sizes)
+
+
+def _is_bare(node: ir.Node) -> bool:
+    """Whether a product has no bias yet."""
+    return len(node.inputs) < 3 or node.inputs[2] is None
 
 
 def _by_input(walk: Walk) -> dict[Key, list[Cut]]:

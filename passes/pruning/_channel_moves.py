@@ -64,6 +64,7 @@ def _split(walk: Walk, node: ir.Node) -> bool:
     parts = np.split(state.labels, np.cumsum(sizes)[:-1])
     for value, part in zip(node.outputs, parts, strict=True):
         walk.give(value, state.axis, part)
+    walk.parts += parts
 
     def resize(alive: Alive) -> None:
         left = np.array([alive(part).sum() for part in parts], np.int64)
@@ -107,6 +108,7 @@ def _slice(walk: Walk, node: ir.Node) -> bool:
         return False
     start, end, _ = slice(starts[place], ends[place]).indices(len(state.labels))
     walk.give(node.outputs[0], state.axis, state.labels[start:end])
+    walk.parts.append(state.labels[start:end])
 
     def resize(alive: Alive) -> None:
         first = int(alive(state.labels[:start]).sum())
@@ -138,6 +140,7 @@ def _gather(walk: Walk, node: ir.Node) -> bool:
         return False
     chosen = indices.numpy() % len(state.labels)
     walk.give(node.outputs[0], axis, state.labels[chosen])
+    walk.parts.append(state.labels[chosen])
 
     def renumber(alive: Alive) -> None:
         is_alive = alive(state.labels)
@@ -210,7 +213,8 @@ def _flatten(walk: Walk, node: ir.Node) -> bool:
     if shape is None:
         return False
     attribute = node.attributes.get("axis")
-    axis = (1 if attribute is None else attribute.as_int()) % len(shape)
+    axis = 1 if attribute is None else attribute.as_int()
+    axis += len(shape) if axis < 0 else 0  # the rank itself is one, too: all before it
     moved = reshaped(walk, state, shape, (_product(shape[:axis]), _product(shape[axis:])))
     if moved is None:
         return False
@@ -252,9 +256,10 @@ def _target(walk: Walk, node: ir.Node, axis: int) -> tuple[ir.Node, int, int, in
     if numbers is not None:
         return node, 1, axis, numbers[axis]
     value = node.inputs[1]
-    joined = None if value is None else value.producer()
-    if joined is None or joined.op_type != "Concat":
-        return None
+    assert value is not None
+    joined = value.producer()
+    if joined is None or joined.op_type != "Concat" or len(value.uses()) > 1 or value.is_graph_output():
+        return None  # what another reads as well keeps its numbers
     start = 0
     for slot, part in enumerate(joined.inputs):
         shape = walk.shape(part)
@@ -326,7 +331,8 @@ def _resize(walk: Walk, node: ir.Node) -> bool:
     if state is None:
         return True
     if "axes" in node.attributes:
-        if state.axis in node.attributes["axes"].as_ints():
+        shape = walk.shape(node.inputs[0])
+        if shape is None or state.axis in [axis % len(shape) for axis in node.attributes["axes"].as_ints()]:
             return False
         walk.give(node.outputs[0], state.axis, state.labels)
         return True

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxpress.passes.pruning._channel_walk import Cut, Labels, Walk, constant_of
+from onnxpress.passes.pruning._channel_walk import Cut, Labels, Walk, constant_of, origin, uses
 
 Array = npt.NDArray[np.float32]
 
@@ -45,6 +45,13 @@ class Reader:
         return tensor.numpy().astype(np.float32)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the weight."""
+        tensor = constant_of(self.node.inputs[1])
+        assert tensor is not None
+        return int(tensor.dtype.itemsize)
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the kernel in space; () for matrices."""
         tensor = constant_of(self.node.inputs[1])
@@ -65,9 +72,11 @@ class Reader:
     def bias(self) -> Array | None:
         """What it adds to each row [P N], zeros where there is none yet; None where it cannot hold one."""
         kind = self.node.op_type
-        if kind not in ("Conv", "Gemm"):
+        if kind not in ("Conv", "Gemm") or self.scales[1] == 0:
             return None
-        rows = len(self.weight) if kind == "Conv" or self.cut.axis == 1 else self.weight.shape[1]
+        tensor = constant_of(self.node.inputs[1])
+        assert tensor is not None
+        rows = int(tensor.shape.numpy()[0 if kind == "Conv" or self.cut.axis == 1 else 1])
         if len(self.node.inputs) < 3 or self.node.inputs[2] is None:
             return np.zeros(rows, np.float32)
         tensor = constant_of(self.node.inputs[2])
@@ -101,10 +110,14 @@ class Reader:
 
     def samples(self, x: npt.NDArray[np.floating], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
         """Places at which outputs are compared, at most `count`: numbers of positions, ascending."""
-        total = int(np.prod(self._positions(x)))
+        total = self.total(x)
         if total <= count:
             return np.arange(total)
         return np.sort(rng.choice(total, count, replace=False))
+
+    def total(self, x: npt.NDArray[np.floating]) -> int:
+        """Positions in all."""
+        return int(np.prod(self._positions(x)))
 
     def _positions(self, x: npt.NDArray[np.floating]) -> tuple[int, ...]:
         """Sizes of the axes along which outputs lie: batch and space."""
@@ -159,6 +172,12 @@ class Reader:
 
     def _each(self, name: str) -> list[int]:
         return _ints(self.node, name, [1] * len(self.kernel))
+
+
+def is_shared(reader: Reader) -> bool:
+    """Whether something else reads the same matrix, so that none is fitted: each would need one of its own."""
+    value = reader.node.inputs[1]
+    return value is not None and uses(origin(value)) > 1
 
 
 def find_readers(walk: Walk) -> list[Reader]:

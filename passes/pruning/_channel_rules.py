@@ -23,17 +23,29 @@ _ALONE = (
     *("Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign"),
     *("Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu"),
 )
-_MICROSOFT_ALONE = frozenset(("Gelu", "FastGelu", "QuickGelu"))
+_MICROSOFT_ALONE = frozenset(("Gelu", "QuickGelu"))
 _TOGETHER = (
     *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean"),
     *("Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor"),
 )
+# What hands on the channels of every input; all others those of the first.
+_OF_ALL = frozenset((*_TOGETHER, "Concat", "FastGelu", "Gemm", "MatMul"))
 _POOLS = (*("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"),)
 
 
 def follow(walk: Walk, node: ir.Node) -> bool:
     """Hands channels on through one node; False when nothing is known of such an operator."""
+    is_known = _follow(walk, node)
+    for value in () if node.op_type in _OF_ALL else node.inputs[1:]:
+        if (state := walk.of(value)) is not None:
+            walk.freeze(state.labels, blame(node, "reads them beside what it works on"))
+    return is_known
+
+
+def _follow(walk: Walk, node: ir.Node) -> bool:
     kind = node.op_type
+    if node.domain == "com.microsoft" and kind == "FastGelu":  # may add a bias
+        return together(walk, node, range(len(node.inputs)))
     if node.domain == "com.microsoft" and kind in _MICROSOFT_ALONE:
         return _alone(walk, node)
     if node.domain not in _DOMAINS:
@@ -52,7 +64,7 @@ def _alone(walk: Walk, node: ir.Node) -> bool:
     state = walk.of(node.inputs[0])
     if state is not None:
         walk.give(node.outputs[0], state.axis, state.labels)
-    return len(node.outputs) == 1 or not node.outputs[1].uses()
+    return not any(one.uses() or one.is_graph_output() for one in node.outputs[1:])
 
 
 def _pool(walk: Walk, node: ir.Node) -> bool:
@@ -84,10 +96,12 @@ def together(walk: Walk, node: ir.Node, slots: range) -> bool:
             walk.join(labels, state.labels)
         else:
             walk.freeze(state.labels, blame(node, "spreads it over all channels"))
-    for slot, shape in ranks.items():
-        if walk.of(node.inputs[slot]) is None:
-            _meet(walk, node, slot, shape or (), end, labels)
-    walk.give(node.outputs[0], rank + end, labels)
+    others = [(slot, shape or ()) for slot, shape in ranks.items() if walk.of(node.inputs[slot]) is None]
+    for slot, shape in others:
+        _meet(walk, node, slot, shape, end, labels)
+    # A single channel that meets several others of which nothing is known is spread, and stays.
+    if len(labels) > 1 or all(len(shape) < -end or shape[end] == 1 for _, shape in others):
+        walk.give(node.outputs[0], rank + end, labels)
     return True
 
 

@@ -61,6 +61,7 @@ class Walk:
         channels: of each value that has any, by its id.
         cuts: constants to be cut, in the order of the graph.
         edits: functions that rewrite attributes and small constants, once it is known which labels stay.
+        parts: labels of values that hold some of another's channels, and must not be left without any.
         shapes: of each value, by its id, as far as they can be inferred.
     """
 
@@ -69,6 +70,7 @@ class Walk:
     channels: dict[int, Channels] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
     edits: list[tuple[Labels, Callable[[Alive], None]]] = field(default_factory=list)
+    parts: list[Labels] = field(default_factory=list)
     _parents: list[int] = field(default_factory=list)
     _frozen: dict[int, str] = field(default_factory=dict)
     _weights: dict[tuple[int, int, str], Labels] = field(default_factory=dict)
@@ -114,7 +116,11 @@ class Walk:
         return None if value is None else self.channels.get(id(value))
 
     def give(self, value: ir.Value, axis: int, labels: Labels) -> None:
-        """A value has these channels; those along a negative or unknown axis cannot be followed."""
+        """A value has these channels, one for each place along the axis; else they stay, and it has none."""
+        sizes = self.shape(value)
+        if sizes is not None and not (0 <= axis < len(sizes) and sizes[axis] in (None, len(labels))):
+            self.freeze(labels, f"{value.name} has another size than their number")
+            return
         self.channels[id(value)] = Channels(axis, labels)
 
     def cut(self, node: ir.Node, slot: int, axis: int, labels: Labels, role: str) -> None:
@@ -124,7 +130,7 @@ class Walk:
         assert value is not None
         if role == "vector":  # equal constants are often one, whatever they belong to
             return
-        known = self._weights.setdefault((id(value), axis, role), labels)
+        known = self._weights.setdefault((id(origin(value)), axis, role), labels)
         if known is not labels:
             if len(known) == len(labels):
                 self.join(known, labels)
@@ -144,13 +150,26 @@ class Walk:
         return tuple(int(one) for one in tensor.shape.numpy()) if tensor is not None else self.shapes.get(id(value))
 
 
+def origin(value: ir.Value) -> ir.Value:
+    """What Identity copied a value from: torch's exporter stores equal weights once."""
+    maker = value.producer()
+    if maker is None or maker.op_type != "Identity" or maker.inputs[0] is None:
+        return value
+    return origin(maker.inputs[0])
+
+
+def uses(value: ir.Value) -> int:
+    """How many inputs of nodes read a value, through Identity too; an output of the graph is one more."""
+    copies = [node.outputs[0] for node, _ in value.uses() if node.op_type == "Identity"]
+    return len(value.uses()) - len(copies) + sum(map(uses, copies)) + value.is_graph_output()
+
+
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor of an initializer or Constant that no caller can replace."""
+    value = None if value is None else origin(value)
     if value is None or value.is_graph_input():
         return None
     maker = value.producer()
-    if maker is not None and maker.op_type == "Identity":  # torch's exporter stores equal weights once
-        return constant_of(maker.inputs[0])
     held = maker.attributes.get("value") if maker is not None and maker.op_type == "Constant" else None
     # `get_const_tensor` would give the attribute's tensor a name.
     return held.as_tensor() if held is not None else ir.convenience.get_const_tensor(value)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler import sizes
 from onnxpress.compiler.calibration_text import feeds
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import CalibrationError, OptionError
 from onnxpress.compiler.pass_ import Context, Pass, Promise, Report
 from onnxpress.passes.pruning import _channel_fit as fitting
 from onnxpress.passes.pruning._channel_groups import Group, bytes_saved, cut_out, find_groups, weigh
@@ -71,22 +71,34 @@ class PruneChannels(Pass):
         walked = walk(model, follow)
         groups = self._groups(walked, report)
         besides = float(sizes.bytes_besides(model, []))
-        self._check(walked, groups, besides)
         data = self._data(model, context, report)
+        fits = data is not None and self.refit and data.has_judges
+        if data is not None and self.refit and not fits:
+            report.skip("refit", "there is one sample, and none is left to judge a fit by")
+        self._check_ratio(groups)
+        self._check_size(walked, groups, besides, fits=fits)
         if data is None:
             weigh(walked, groups)
         else:
             for group in groups:
                 self._thin(group)
             groups = fitting.measure(model, walked, groups, data, context, report)
-        chosen = self._choose(walked, groups, besides)
+            if not groups:
+                raise CalibrationError(
+                    f"{self.name()}: what the model computes from the calibration data is not finite",
+                    hint="give samples as the model reads them: scaled, no numbers missing",
+                )
+            self._check_size(walked, groups, besides, fits=fits)
+        chosen = self._choose(walked, groups, besides, fits=fits)
         gone = _gone(groups, chosen)
         fitted: dict[tuple[int, int], npt.NDArray[np.floating]] = {}
-        if data is not None and self.refit and gone.size:
+        if data is not None and fits and gone.size:
             fitted = fitting.refit(model, walked, gone, data, context, report)
-        saved = bytes_saved(walked, gone)
         cut_out(model, walked, gone, fitted)
-        self._tell(groups, chosen, report, saved, fitted=bool(fitted))
+        left = float(sizes.bytes_besides(model, []))
+        self._check_met(left)
+        errors = [report.metrics.get(name, 0.0) for name in ("output_error", "output_error_unfitted")]
+        self._tell(groups, chosen, report, besides - left, fitted=errors[0] < errors[1])
         return report
 
     def _groups(self, walked: Walk, report: Report) -> list[Group]:
@@ -137,36 +149,44 @@ class PruneChannels(Pass):
         report.notes.append(f"by weights alone, and nothing makes up for what is gone: {missing}")
         return None
 
-    def _check(self, walked: Walk, groups: Sequence[Group], besides: float) -> None:
+    def _check_ratio(self, groups: Sequence[Group]) -> None:
         """Refuses what cannot be before anything long begins."""
-        least = [len(group.counts) - 1 for group in groups]
-        for group in groups:
-            group.losses = [0.0] * len(group.counts)
-            group.kept = [np.arange(count) for count in group.counts]
-        nbytes = besides - bytes_saved(walked, _gone(groups, least))
-        if self.size is not None:
-            asked = sizes.read(self.size) or 0
-            if besides <= asked:
-                raise OptionError(
-                    f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(besides)}",
-                    hint="ask for less than that, or leave the pass out",
-                )
-            if nbytes > asked:
-                raise OptionError(
-                    f"{self.name()}: size={self.size} cannot be met, with the fewest channels the model takes "
-                    f"{sizes.written(nbytes)}",
-                    hint=f"the nearest is size='{sizes.written(nbytes)}'; less needs a quantizer",
-                )
-        else:
-            reach = 1 - sum(group.counts[-1] for group in groups) / sum(group.total for group in groups)
-            if reach < (self.ratio or 0):
-                raise OptionError(
-                    f"{self.name()}: ratio={self.ratio} cannot be met: of channels that can go each group keeps "
-                    f"{self.multiple}, which removes {reach:.0%}",
-                    hint=f"the nearest is ratio={math.floor(reach * 1000) / 1000}; or a smaller multiple",
-                )
+        reach = 1 - sum(group.counts[-1] for group in groups) / sum(group.total for group in groups)
+        if reach < (self.ratio or 0):
+            raise OptionError(
+                f"{self.name()}: ratio={self.ratio} cannot be met: of channels that can go each group keeps "
+                f"{self.multiple}, which removes {reach:.0%}",
+                hint=f"the nearest is ratio={math.floor(reach * 1000) / 1000}; or a smaller multiple",
+            )
 
-    def _choose(self, walked: Walk, groups: Sequence[Group], besides: float) -> list[int]:
+    def _check_size(self, walked: Walk, groups: Sequence[Group], besides: float, *, fits: bool) -> None:
+        """The same for a size."""
+        if self.size is None:
+            return
+        asked = sizes.read(self.size) or 0
+        if besides <= asked:
+            raise OptionError(
+                f"{self.name()}: size={self.size} is met as it is: the model takes {sizes.written(besides)}",
+                hint="ask for less than that, or leave the pass out",
+            )
+        gone = np.concatenate([group.roots[group.counts[-1] :] for group in groups])
+        nbytes = besides - bytes_saved(walked, gone, fits=fits)
+        if nbytes > asked:
+            raise OptionError(
+                f"{self.name()}: size={self.size} cannot be met, with the fewest channels the model takes "
+                f"{sizes.written(nbytes)}",
+                hint=f"the nearest is size='{sizes.written(nbytes)}'; less needs a quantizer",
+            )
+
+    def _check_met(self, nbytes: float) -> None:
+        """What was asked for holds of what was made, too."""
+        if self.size is not None and nbytes > (sizes.read(self.size) or 0):
+            raise OptionError(
+                f"{self.name()}: size={self.size} is not met, the model takes {sizes.written(nbytes)} in the end",
+                hint=f"the nearest is size='{sizes.written(nbytes)}'",
+            )
+
+    def _choose(self, walked: Walk, groups: Sequence[Group], besides: float, *, fits: bool) -> list[int]:
         """Which of its counts each group gets."""
         if self.size is None:
             chosen = [_nearest(group, self.ratio or 0.0) for group in groups]
@@ -183,7 +203,7 @@ class PruneChannels(Pass):
         for _ in range(20):
             middle = (low + high) / 2
             chosen = [_nearest(group, middle) for group in groups]
-            if besides - bytes_saved(walked, _gone(groups, chosen)) <= asked:
+            if besides - bytes_saved(walked, _gone(groups, chosen), fits=fits) <= asked:
                 high, best = middle, chosen
             else:
                 low = middle

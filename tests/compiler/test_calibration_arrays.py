@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import onnx_ir as ir
 import plain_networks
 import pytest
 
-from onnxpress.compiler.calibration_arrays import CalibrationArrays, read_arrays, split_sources
+from onnxpress.compiler.calibration_arrays import CalibrationArrays, read_arrays
+from onnxpress.compiler.calibration_sources import split_sources
 from onnxpress.compiler.errors import CalibrationError
 from onnxpress.compiler.optimize import optimize
 
@@ -31,6 +33,9 @@ def test_files_and_folders_of_arrays_are_told_from_text(tmp_path: Path) -> None:
     assert others == given[2:]
     assert read_arrays(files).arrays["x"].tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3]
     assert not read_arrays([])
+    with pytest.raises(CalibrationError, match=r"found both: one\.npz and text\.txt") as caught:
+        split_sources(tmp_path)
+    assert caught.value.hint
 
 
 def test_windows_leave_an_eighth_out() -> None:
@@ -60,12 +65,28 @@ def test_a_fixed_batch_and_another_name_of_the_only_input() -> None:
     assert [window["x"].shape for window in windows] == [(2, 3), (2, 3)]
 
 
+def test_only_samples_that_are_taken_are_cast() -> None:
+    """A cast of all would hold a second copy of all."""
+
+    class Counted(np.ndarray):
+        cast = 0
+
+        def astype(self, *args: object, **options: object) -> np.ndarray:
+            Counted.cast = max(Counted.cast, len(self))
+            return np.asarray(self).astype(*args, **options)
+
+    given = {"x": np.zeros((100, 3)).view(Counted), "kind": np.arange(100)}
+    CalibrationArrays(given, "samples").windows(GRAPH, 8)
+    assert Counted.cast == 8
+
+
 @pytest.mark.parametrize(
     "arrays, message",
     [
         ({"x": np.zeros((4, 3))}, "the model reads kind, x; samples has no 'kind', only x"),
         ({"x": np.zeros((4, 5)), "kind": np.zeros(4)}, "'x' of samples: expected ['n', 3], found [4, 5]"),
         ({"x": np.zeros((4, 3, 1)), "kind": np.zeros(4)}, "found [4, 3, 1]"),
+        ({"x": np.full((4, 3), np.nan), "kind": np.zeros(4)}, "'x' of samples holds NaN"),
     ],
 )
 def test_what_does_not_fit_is_told(arrays: dict[str, np.ndarray], message: str) -> None:
@@ -81,7 +102,17 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.zeros((0, 3)))
     np.savez(tmp_path / "d.npz", x=np.zeros((2, 3)), y=np.zeros((3, 3)))
     np.savez(tmp_path / "e.npz", x=np.zeros((2, 4)), y=np.zeros((2, 3)))
-    for names in (["a.npy"], ["b.npy"], ["c.npy"], ["d.npz"], ["d.npz", "e.npz"]):
+    (tmp_path / "empty.npy").write_bytes(b"")
+    whole = (tmp_path / "e.npz").read_bytes()
+    (tmp_path / "short.npz").write_bytes(whole[:200])
+    np.savez_compressed(tmp_path / "bad.npz", x=np.arange(1000))
+    packed = bytearray((tmp_path / "bad.npz").read_bytes())
+    packed[60:90] = bytes(30)
+    (tmp_path / "bad.npz").write_bytes(packed)
+    with zipfile.ZipFile(tmp_path / "words.npz", "w") as archive:
+        archive.writestr("x.txt", "words")
+    bad = (["empty.npy"], ["short.npz"], ["bad.npz"], ["words.npz"])
+    for names in (["a.npy"], ["b.npy"], ["c.npy"], ["d.npz"], ["d.npz", "e.npz"], *bad):
         with pytest.raises(CalibrationError) as caught:
             read_arrays([tmp_path / name for name in names])
         assert caught.value.hint

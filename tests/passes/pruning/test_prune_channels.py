@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import graphs
@@ -13,9 +14,9 @@ import pytest
 import torch
 from onnx_ir.passes import common
 
-from onnxpress.compiler import obs, pipeline
+from onnxpress.compiler import obs, pipeline, sizes
 from onnxpress.compiler.calibration_arrays import CalibrationArrays
-from onnxpress.compiler.errors import OptionError
+from onnxpress.compiler.errors import CalibrationError, OptionError
 from onnxpress.compiler.pass_ import Context, Report
 from onnxpress.passes.pruning import _channel_fit as fitting
 from onnxpress.passes.pruning._channel_groups import alive_without, find_groups, weigh
@@ -28,10 +29,15 @@ Array = np.ndarray[Any, Any]
 every_network = pytest.mark.parametrize("name", plain_networks.NETWORKS)
 
 
-def exported(name: str) -> ir.Model:
+@functools.cache
+def _stored(name: str) -> bytes:
     model = plain_networks.export(plain_networks.network(name), plain_networks.inputs(name, 2))
     common.ShapeInferencePass()(model)  # so that shapes are declared, which have to follow
-    return model
+    return ir.to_proto(model).SerializeToString()
+
+
+def exported(name: str) -> ir.Model:
+    return ir.from_proto(onnx.load_from_string(_stored(name)))
 
 
 def samples(name: str, count: int = 96) -> Context:
@@ -242,6 +248,237 @@ def add_weights(model: ir.Model, **shapes: tuple[int, ...]) -> None:
             model.graph.register_initializer(value)
 
 
+def net(body: str, head: str = "(float[n, 16] x) => (float[n, 4] y)", **shapes: tuple[int, ...]) -> ir.Model:
+    """A graph, and random weights by name."""
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["": 18]>\nnet {head} {{\n{body}\n}}')
+    add_weights(model, **shapes)
+    return model
+
+
+def vectors(count: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, 16)).astype(np.float32)
+
+
+def given(x: Array) -> Context:
+    return Context(arrays=CalibrationArrays({"x": x}, "samples"))
+
+
+IMAGES = "(float[2, 3, 8, 8] x) => (float y)"
+
+
+@pytest.mark.parametrize(
+    "body, head, shapes, site, reason",
+    [
+        (
+            """sh = Shape (x)
+            n0 = Gather <axis = 0> (sh, zero)
+            target = Concat <axis = 0> (n0, sixteen, rest)
+            a = Conv (x, w)
+            ar = Reshape (a, target)
+            b = Conv (x, v)
+            z = Reshape (b, target)
+            y = Conv (ar, u)""",
+            "(float[n, 3, 8, 8] x) => (float y, float z)\n"
+            "<int64[1] zero = {0}, int64[1] sixteen = {16}, int64[1] rest = {64}>",
+            {"w": (16, 3, 1, 1), "v": (16, 3, 1, 1), "u": (4, 16, 1)},
+            "a",
+            "Reshape ar computes its target",
+        ),
+        (
+            """h = Conv (x, w)
+            s = Sigmoid (h)
+            k = Cast <to = 7> (s)
+            q = Gather <axis = 0> (table, k)
+            a = Conv (h, u)
+            b = Conv (q, v)
+            y = Add (a, b)""",
+            IMAGES,
+            {"w": (16, 3, 1, 1), "u": (4, 16, 1, 1), "v": (4, 16, 1, 1), "table": (8,)},
+            "h",
+            "Gather q reads them beside what it works on",
+        ),
+        (
+            """h = Conv (x, w)
+            p, i = MaxPool <kernel_shape = [2, 2]> (h)
+            y = Conv (p, u)""",
+            "(float[2, 3, 8, 8] x) => (float y, int64 i)",
+            {"w": (16, 3, 1, 1), "u": (4, 16, 1, 1)},
+            "h",
+            "MaxPool p reads them, which this pass does not see through",
+        ),
+        (
+            """h = Conv (x, w)
+            c = Resize <mode = "nearest", axes = [-3]> (h, , twice)
+            y = Conv (c, u)""",
+            IMAGES + " <float[1] twice = {2.0}>",
+            {"w": (16, 3, 1, 1), "u": (4, 32, 1, 1)},
+            "h",
+            "Resize c reads them, which this pass does not see through",
+        ),
+        (
+            """h = Gemm (x, w)
+            f = Flatten <axis = 2> (h)
+            y = MatMul (f, u)""",
+            "(float[2, 16] x) => (float y)",
+            {"w": (16, 24), "u": (1, 5)},
+            "h",
+            "MatMul y reads them, which this pass does not see through",
+        ),
+    ],
+)
+def test_what_another_reader_needs_stays_whole(
+    body: str, head: str, shapes: dict[str, tuple[int, ...]], site: str, reason: str
+) -> None:
+    report = Report()
+    assert not find_groups(walk(net(body, head, **shapes), follow), report)
+    assert {skip.site: skip.reason for skip in report.skipped}[site] == reason
+
+
+@pytest.mark.parametrize("size", ["3", "k"])
+def test_a_gate_of_one_channel_spreads_over_others(size: str) -> None:
+    """Where a graph does not say over how many, nothing that is put behind them can be told apart."""
+    model = net(
+        """g = Conv (x, gate)
+        t = Mul (g, x)
+        h = Conv (x, w)
+        c = Concat <axis = 1> (t, h)
+        y = Conv (c, u)""",
+        f"(float[2, {size}, 8, 8] x) => (float y)",
+        gate=(1, 3, 1, 1),
+        w=(16, 3, 1, 1),
+        u=(4, 19, 1, 1),
+    )
+    if size == "k":
+        with pytest.raises(OptionError, match="no channels that can go"):
+            run(model, "ratio=0.5")
+        return
+    assert [row["channels_after"] for row in run(model, "ratio=0.5").ledger] == [8]
+    graphs.run(model, {"x": np.ones((2, 3, 8, 8), np.float32)})
+
+
+def test_a_value_of_another_size_has_no_channels() -> None:
+    value = ir.val("h", ir.DataType.FLOAT, [2, 3])
+    walked = Walk(18, {id(value): (2, 3)})
+    labels = walked.new(4)
+    walked.give(value, 1, labels)
+    assert walked.of(value) is None
+    assert walked.reason(0) == "h has another size than their number"
+
+
+@pytest.mark.parametrize(
+    "parts", ["l, r = Split <axis = 1> (h, eights)", "l = Slice (h, none, eight, one)\nr = Slice (h, eight, all, one)"]
+)
+def test_no_part_of_what_is_split_is_emptied(parts: str) -> None:
+    """However little one of them weighs: runtimes refuse tensors of no channels."""
+    model = net(
+        f"""h = Conv (x, w)
+        {parts}
+        m = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (r)
+        c = Concat <axis = 1> (l, m)
+        y = Conv (c, u)""",
+        IMAGES + " <int64[2] eights = {8, 8}, int64[1] none = {0}, int64[1] eight = {8}, int64[1] all = {99},"
+        " int64[1] one = {1}>",
+        w=(16, 3, 1, 1),
+        u=(4, 16, 1, 1),
+    )
+    for name in ("w", "u"):
+        value = model.graph.initializers[name]
+        assert value.const_value is not None
+        array = value.const_value.numpy().copy()
+        array[(slice(8, None),) if name == "w" else (slice(None), slice(8, None))] *= 1e-3
+        value.const_value = ir.tensor(array, name=name)
+    report = run(model, "ratio=0.5, multiple=4")
+    assert [row["channels_after"] for row in report.ledger] == [4, 4]
+    graphs.run(model, {"x": np.ones((2, 3, 8, 8), np.float32)})
+
+
+THREE = """a = Gemm (x, w)
+    r = Relu (a)
+    b = Gemm (r, u)
+    s = Relu (b)
+    c = Gemm (s, SECOND)
+    t = Relu (c)
+    d = Gemm (t, THIRD)
+    y = Gemm (d, v)"""
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+@pytest.mark.parametrize("kind", ["shared", "copied", "plain"])
+def test_a_size_counts_what_is_shared_and_what_the_fit_adds(kind: str, with_data: bool) -> None:
+    shapes = {"w": (16, 64), "u": (64, 64), "v": (64, 4)}
+    if kind == "shared":
+        model = net(THREE.replace("SECOND", "u").replace("THIRD", "u"), **shapes)
+    elif kind == "copied":
+        copies = "second = Identity (u)\n third = Identity (u)\n"
+        model = net(copies + THREE.replace("SECOND", "second").replace("THIRD", "third"), **shapes)
+    else:
+        model = net("a = Gemm (x, w)\n r = Relu (a)\n y = Gemm (r, u)", w=(16, 16), u=(16, 512))
+        model.graph.outputs[0].shape = ir.Shape(["n", 512])
+    asked = int(0.75 * sizes.bytes_besides(model, []))
+    run(model, f"size='{asked}', multiple=1", given(vectors(64)) if with_data else None)
+    assert 0.85 * asked < sizes.bytes_besides(model, []) <= asked
+    if kind != "plain":
+        matrices = [value for value in model.graph.initializers.values() if len(value.shape or ()) == 2]
+        assert len(matrices) == 3
+    graphs.run(model, {"x": vectors(2)})
+
+
+def test_a_fit_is_judged_within_one_window_too() -> None:
+    x = vectors(16, seed=1) @ np.diag([4.0] * 3 + [0.1] * 13).astype(np.float32)
+    found = {}
+    for count in (16, 1):
+        model = net("a = Gemm (x, w)\n r = Tanh (a)\n y = Gemm (r, v)", w=(16, 32), v=(32, 4))
+        found[count] = run(model, "ratio=0.5", given(x[:count]))
+    assert 0 < found[16].metrics["output_error"] < found[16].metrics["output_error_unfitted"]
+    assert "output_error" not in found[1].metrics
+    assert "refit" in {skip.site for skip in found[1].skipped}
+    assert "removed, fitted" in found[16].notes[0]
+    assert "not fitted" in found[1].notes[0]
+
+
+def test_a_matrix_too_wide_for_second_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias is fitted, where there may be one."""
+    monkeypatch.setattr(fitting, "_WIDEST", 8)
+    for kind, told in (("MatMul", "not fitted"), ("Gemm", "removed, fitted")):
+        model = net(f"a = Gemm (x, w)\n r = Relu (a)\n y = {kind} (r, v)", w=(16, 32), v=(32, 4))
+        assert told in run(model, "ratio=0.5", given(vectors(64))).notes[0]
+        graphs.run(model, {"x": vectors(2)})
+
+
+def test_a_scale_of_the_bias_changes_nothing() -> None:
+    """beta of Gemm; what is multiplied with 0 is none."""
+    found = {}
+    for beta in (1.0, 2.0, 0.0):
+        model = net(
+            f"""a = Gemm (x, w)
+            r = Relu (a)
+            b = Gemm <beta = {beta}> (r, u)
+            s = Relu (b)
+            y = Gemm <beta = {beta}> (s, v)""",
+            w=(16, 32),
+            u=(32, 32),
+            v=(32, 4),
+        )
+        run(model, "ratio=0.5", given(vectors(64)))
+        found[beta] = graphs.run(model, {"x": vectors(32, seed=1)})["y"]
+    np.testing.assert_allclose(found[1.0], found[2.0], rtol=1e-3, atol=1e-2)
+    assert not np.allclose(found[1.0], found[0.0], rtol=1e-3, atol=1e-2)
+
+
+def test_groups_without_numbers_are_not_counted_on() -> None:
+    """Where a logarithm of what is negative goes in, nothing is known of what channels are worth."""
+    body = "a = Gemm (x, w)\n l = Log (a)\n b = Gemm (l, u)\n"
+    shapes = {"w": (16, 64), "u": (64, 4)}
+    with pytest.raises(CalibrationError, match="not finite") as caught:
+        run(net(body + "y = Identity (b)", **shapes), "ratio=0.5", given(vectors(64)))
+    assert caught.value.hint
+    other = "c = Gemm (x, v)\n r = Relu (c)\n d = Gemm (r, t)\n y = Add (b, d)"
+    model = net(body + other, **shapes, v=(16, 64), t=(64, 4))
+    asked = int(0.5 * sizes.bytes_besides(model, []))
+    with pytest.raises(OptionError, match="cannot be met"):
+        run(model, f"size='{asked}'", given(vectors(64)))
+
+
 def test_weights_that_several_layers_share_stay_one() -> None:
     model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["": 18]>
         net (float[n, 16] x) => (float[n, 4] y)
@@ -384,7 +621,7 @@ def test_patches_times_matrix_is_the_convolution(
 
 
 def test_a_trained_network_keeps_most_of_its_accuracy() -> None:
-    made = plain_networks.trained("inverted", 200, kinds=5)
+    made = plain_networks.trained("residual", 40, kinds=5)
     images, classes = plain_networks.patterns(500, seed=7, kinds=5)
     seen = CalibrationArrays({"x": plain_networks.patterns(128, seed=100, kinds=5)[0].numpy()}, "images")
 
@@ -397,4 +634,4 @@ def test_a_trained_network_keeps_most_of_its_accuracy() -> None:
     whole = share("")
     assert whole > 0.7
     assert share("ratio=0.3, multiple=4") > whole - 0.05
-    assert share("ratio=0.3, multiple=4, refit=False") < whole - 0.1
+    assert share("ratio=0.3, multiple=4, refit=False") < whole - 0.2
