@@ -66,7 +66,8 @@ class CalibrationArrays:
         for feeds in taken:
             for name in sorted(feeds):
                 digest.update(np.ascontiguousarray(feeds[name]).tobytes())
-        facts = {"text": f"{len(chosen)} samples of {self.about}", "windows": [len(taken), batch]}
+        samples = f"{len(chosen)} sample{'s' * (len(chosen) > 1)}"
+        facts = {"text": f"{samples} of {self.about}{self._told(bound)}", "windows": [len(taken), batch]}
         return taken, {**facts, "sha256": digest.hexdigest()}
 
     def held_out(self, graph: ir.Graph) -> tuple[dict[str, Array], str]:
@@ -86,6 +87,18 @@ class CalibrationArrays:
                     f"calibration: {name!r} of {self.about} holds NaN", hint="leave out samples with missing numbers"
                 )
         return found
+
+    def _told(self, bound: Mapping[str, Bound]) -> str:
+        """What a person may not expect: arrays of another name or type than the inputs, or that nothing reads."""
+        own = {id(array): name for name, array in self.arrays.items()}
+        said = []
+        for name, (array, dtype) in bound.items():
+            if (given := own.pop(id(array), name)) != name:
+                said.append(f"{given!r} as {name}")
+            if array.dtype != dtype:
+                said.append(f"{name} from {array.dtype}, not scaled")
+        said += [f"{name!r} not read" for name in own.values()]
+        return f" ({', '.join(said)})" if said else ""
 
     @staticmethod
     def _held(total: int) -> int:
@@ -124,10 +137,20 @@ class CalibrationArrays:
                 raise CalibrationError(
                     f"calibration: {name!r} of {self.about}: expected "
                     f"{[dim if isinstance(dim, int) else str(dim or '?') for dim in shape]}, found {list(array.shape)}",
-                    hint=_FORM,
+                    hint=_shape_hint(shape, array.shape),
                 )
             found[name] = array, (value.dtype or ir.DataType.FLOAT).numpy()
         return found
+
+
+def _shape_hint(wanted: list[Any], found: tuple[int, ...]) -> str:
+    if len(found) == len(wanted) - 1:
+        return "the first axis counts samples: of a single one give array[None]"
+    turned = (found[0], found[-1], *found[1:-1])
+    fits = len(turned) == len(wanted) and all(
+        not isinstance(dim, int) or dim < 1 or dim == size for dim, size in zip(wanted[1:], turned[1:], strict=True)
+    )
+    return "channels come second: np.moveaxis(array, -1, 1)" if fits and len(found) > 2 else _FORM
 
 
 def _needed(graph: ir.Graph) -> list[ir.Value]:

@@ -65,6 +65,25 @@ def test_a_fixed_batch_and_another_name_of_the_only_input() -> None:
     assert [window["x"].shape for window in windows] == [(2, 3), (2, 3)]
 
 
+def test_what_may_not_be_expected_is_told() -> None:
+    _, facts = CalibrationArrays({"images": np.zeros((5, 3), np.uint8)}, "a.npz").windows(ONE, 100)
+    assert facts["text"] == "4 samples of a.npz ('images' as x, x from uint8, not scaled)"
+    given = {"x": np.zeros((16, 3), np.float32), "kind": np.arange(16), "label": np.arange(16)}
+    _, facts = CalibrationArrays(given, "a.npz").windows(GRAPH, 100)
+    assert facts["text"] == "8 samples of a.npz ('label' not read)"
+
+
+@pytest.mark.parametrize(
+    "shape, hint",
+    [((4, 5, 6, 3), "np.moveaxis(array, -1, 1)"), ((3, 5, 6), "array[None]"), ((4, 7, 5, 6), "give a .npz file")],
+)
+def test_a_shape_of_another_layout_is_hinted_at(shape: tuple[int, ...], hint: str) -> None:
+    graph = ir.Graph([ir.val("x", ir.DataType.FLOAT, ["n", 3, None, None])], [], nodes=[])
+    with pytest.raises(CalibrationError) as caught:
+        CalibrationArrays({"x": np.zeros(shape, np.float32)}, "a.npz").windows(graph, 100)
+    assert hint in str(caught.value.hint)
+
+
 def test_only_samples_that_are_taken_are_cast() -> None:
     """A cast of all would hold a second copy of all."""
 
