@@ -315,7 +315,7 @@ class Prune(Pass):
         """What to take out, and the share of time or bytes that is left; made again where the sum misjudges it."""
         most = sum(choice.most for choice in choices)
         target, found = needed, []
-        for _ in variants.context.track(range(_TRIES if self.kl is None else 1), "prune: is it so"):
+        for _ in variants.context.track(range(_TRIES if self.kl is None else 1), "prune: what the choice saves"):
             chosen = self._solve(choices, min(target, most))
             plan = _plan(choices, chosen)
             share, _ = variants.share(plan)
