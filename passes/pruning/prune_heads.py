@@ -90,8 +90,9 @@ class PruneHeads(Structured):
         assert node is not None
         (total,), (left,), heads = before, after, node.attributes["num_heads"].as_int()
         counts = _Counts(heads // left * total, heads, total, left, structures[0].reader.num_in // heads)
+        is_decoder = node.op_type == "GroupQueryAttention"
         texts = [one for one in (context.config, context.config.get("text_config")) if isinstance(one, dict)]
-        if context.config and not [one for one in texts if _edit(one, counts, report)]:
+        if context.config and not [one for one in texts if _edit(one, counts, report, is_decoder=is_decoder)]:
             report.notes.append(f"the config says nothing of {counts.heads} heads: it stays as it is")
 
 
@@ -111,7 +112,7 @@ def _layer(name: str) -> str:
     return name.removesuffix("o") + "attention" if name.endswith(".o") else f"{name}.attention"
 
 
-def _edit(config: dict[str, Any], counts: _Counts, report: Report) -> bool:
+def _edit(config: dict[str, Any], counts: _Counts, report: Report, *, is_decoder: bool) -> bool:
     """Writes the new numbers of heads, and the size of a head where the width of the model no longer tells it."""
     hidden = next((config[key] for key in _HIDDEN if isinstance(config.get(key), int)), None)
     usual = None if hidden is None else hidden / counts.size  # heads of such a model before any were taken out
@@ -130,4 +131,9 @@ def _edit(config: dict[str, Any], counts: _Counts, report: Report) -> bool:
         )
     else:
         config |= dict.fromkeys(keys, counts.heads_left)
+        if is_decoder and hidden is not None and hidden != counts.heads_left * counts.size:
+            report.notes.append(
+                "optimum takes the size of a head as width / heads for most architectures, and cannot run such a model;"
+                " onnxpress and onnxruntime-genai can"
+            )
     return True
