@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from onnxpress.compiler.errors import OptionError
+
 
 class Option(NamedTuple):
     """What an item may become."""
@@ -82,6 +84,24 @@ def allocate_within(items: Sequence[Sequence[Option]], cost: float) -> list[int]
         else:
             low = budget
     return best
+
+
+def choose_within(items: Sequence[Sequence[Option]], kl: float, label: str) -> list[int]:
+    """As `allocate_within`, where something must get smaller than its largest option.
+
+    Raises:
+        OptionError: nothing can change for so little; the nearest loss for which something can is named.
+    """
+    chosen = allocate_within(items, kl)
+    wholes = [max(one.nbytes for one in options) for options in items]
+    taken = [options[index].nbytes for options, index in zip(items, chosen or [], strict=False)]
+    if chosen is None or taken == wholes:
+        cost = least_cost(items)
+        raise OptionError(
+            f"{label}: kl={kl} cannot be met, the least that anything costs is {cost:.2g}",
+            hint=f"the nearest is kl={cost * 1.1:.2g}",
+        )
+    return chosen
 
 
 def least_cost(items: Sequence[Sequence[Option]]) -> float:

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from onnxpress.compiler import allocation, calibration, sizes, stats, whitening
 from onnxpress.compiler import sensitivity as sensitivities
-from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
+from onnxpress.compiler.allocation import Option, allocate, choose_within
 from onnxpress.compiler.calibration import Calibration
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, UnsupportedModelError
@@ -311,7 +311,7 @@ class Whitened(Pass):
             itemsize = sites[0].itemsize if sites else 0
             asked = (self.ratio or 0.0) * (whole + sum(one.num_out * one.num_in for one in pairs) * itemsize)
             budget = whole - asked + self._removed(pairs) * itemsize
-        chosen = allocate(options, budget) if self.kl is None else allocate_within(options, self.kl)
+        chosen = allocate(options, budget) if self.kl is None else choose_within(options, self.kl, self.name())
         if chosen is None:
             split = sum(one.num_out * one.num_in for one in pairs) * (sites[0].itemsize if sites else 0)
             gone = whole - least + self._removed(pairs) * (sites[0].itemsize if sites else 0)
@@ -325,12 +325,6 @@ class Whitened(Pass):
             )
         for site, choices, some, index in zip(sites, ranks, options, chosen, strict=True):
             site.rank, site.expected = choices[index], some[index].cost
-        if self.kl is not None and all(site.rank is None for site in sites):
-            cost = least_cost(options)
-            raise OptionError(
-                f"{self.name()}: kl={self.kl} cannot be met, the least that a matrix costs is {cost:.2g}",
-                hint=f"the nearest is kl={cost * 1.1:.2g}",
-            )
 
     def _fit(
         self, model: ir.Model, sites: list[_Site], windows: list[dict[str, Any]], context: Context, report: Report

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxpress.compiler.fusing import constant
 from onnxpress.compiler.linears import drop_unused
-from onnxpress.passes.pruning._channel_walk import Alive, Channels, Labels, Shape, Walk, blame, constant_of
+from onnxpress.passes.pruning._channel_walk import Alive, Channels, Labels, Shape, Walk, blame, constant_of, follows
 
 
 def _concat(walk: Walk, node: ir.Node) -> bool:
@@ -47,12 +47,8 @@ def _concat(walk: Walk, node: ir.Node) -> bool:
     return True
 
 
-def _split(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
-    if shape is None:
-        return False
+@follows
+def _split(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     attribute = node.attributes.get("axis")
     if (0 if attribute is None else attribute.as_int()) % len(shape) != state.axis:
         for value in node.outputs:
@@ -89,12 +85,10 @@ def _split_sizes(node: ir.Node, total: int) -> list[int] | None:
     return [*[size] * (count - 1), total - size * (count - 1)]
 
 
-def _slice(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
+@follows
+def _slice(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     given = [_numbers(one) for one in node.inputs[1:]]
-    if shape is None or len(given) < 2 or any(one is None for one in given):
+    if len(given) < 2 or any(one is None for one in given):
         return False
     starts, ends = given[0] or [], given[1] or []
     axes = given[2] if len(given) > 2 and given[2] is not None else list(range(len(starts)))
@@ -123,12 +117,10 @@ def _slice(walk: Walk, node: ir.Node) -> bool:
     return True
 
 
-def _gather(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
+@follows
+def _gather(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     indices = constant_of(node.inputs[1])
-    if shape is None or indices is None:
+    if indices is None:
         return False
     attribute = node.attributes.get("axis")
     axis = (0 if attribute is None else attribute.as_int()) % len(shape)
@@ -151,12 +143,10 @@ def _gather(walk: Walk, node: ir.Node) -> bool:
     return True
 
 
-def _reduce(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
+@follows
+def _reduce(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     axes = _axes(node)
-    if shape is None or axes is None:
+    if axes is None:
         return False
     gone = {axis % len(shape) for axis in axes} if axes else set(range(len(shape)))
     if state.axis in gone:
@@ -194,24 +184,16 @@ def _unsqueeze(walk: Walk, node: ir.Node) -> bool:
     return True
 
 
-def _transpose(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
-    if shape is None:
-        return False
+@follows
+def _transpose(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     attribute = node.attributes.get("perm")
     perm = list(range(len(shape)))[::-1] if attribute is None else list(attribute.as_ints())
     walk.give(node.outputs[0], perm.index(state.axis), state.labels)
     return True
 
 
-def _flatten(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
-    if shape is None:
-        return False
+@follows
+def _flatten(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     attribute = node.attributes.get("axis")
     axis = 1 if attribute is None else attribute.as_int()
     axis += len(shape) if axis < 0 else 0  # the rank itself is one, too: all before it
@@ -310,13 +292,11 @@ def _ends_with(shape: Shape, factor: int) -> bool:
     return product == factor
 
 
-def _pad(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
+@follows
+def _pad(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     attribute = node.attributes.get("pads")
     pads = list(attribute.as_ints()) if attribute is not None else _numbers(node.inputs[1])
-    if shape is None or pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
+    if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
         return False
     if pads[state.axis] or pads[state.axis + len(shape)]:
         walk.freeze(state.labels, blame(node, "adds channels"))
@@ -380,13 +360,9 @@ def _literal(node: ir.Node, slot: int, place: int, labels: Labels) -> Callable[[
     return write
 
 
-def _shape(walk: Walk, node: ir.Node) -> bool:
+@follows
+def _shape(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     """Sizes other than the number of channels may be read by anybody; where that one goes nobody follows."""
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
-    if shape is None:
-        return False
     bounds = [node.attributes.get(name) for name in ("start", "end")]
     start, end, _ = slice(*(None if one is None else one.as_int() for one in bounds)).indices(len(shape))
     place = state.axis - start

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.passes.pruning import _channel_moves as moves
-from onnxpress.passes.pruning._channel_walk import Alive, Channels, Labels, Walk, blame, constant_of
+from onnxpress.passes.pruning._channel_walk import Alive, Channels, Labels, Shape, Walk, blame, constant_of, follows
 
 _DOMAINS = ("", "ai.onnx")
 # Operators that treat every element alone, whatever further inputs (bounds, a share to drop) they have.
@@ -245,12 +245,8 @@ def _layer_norm(walk: Walk, node: ir.Node) -> bool:
     return _alone(walk, node)
 
 
-def _softmax(walk: Walk, node: ir.Node) -> bool:
-    state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
-    if state is None:
-        return True
-    if shape is None:
-        return False
+@follows
+def _softmax(walk: Walk, node: ir.Node, state: Channels, shape: Shape) -> bool:
     axis = _int(node, "axis", -1 if walk.opset >= 13 else 1) % len(shape)
     # Before opset 13 all axes from this one on were one.
     if axis == state.axis or (walk.opset < 13 and state.axis > axis):

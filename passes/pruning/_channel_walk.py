@@ -13,6 +13,7 @@ Axes:    C channels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,6 +174,19 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     held = maker.attributes.get("value") if maker is not None and maker.op_type == "Constant" else None
     # `get_const_tensor` would give the attribute's tensor a name.
     return held.as_tensor() if held is not None else ir.convenience.get_const_tensor(value)
+
+
+def follows(rule: Callable[[Walk, ir.Node, Channels, Shape], bool]) -> Callable[[Walk, ir.Node], bool]:
+    """A rule for operators that move or keep the channels of their first input, where there are any of known sizes."""
+
+    @functools.wraps(rule)
+    def run(walk: Walk, node: ir.Node) -> bool:
+        state, shape = walk.of(node.inputs[0]), walk.shape(node.inputs[0])
+        if state is None:
+            return True
+        return shape is not None and rule(walk, node, state, shape)
+
+    return run
 
 
 def name_of(node: ir.Node) -> str:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxpress.compiler import sizes
-from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
+from onnxpress.compiler.allocation import Option, allocate, choose_within
 from onnxpress.compiler.calibration import Calibration, Group
 from onnxpress.compiler.errors import OptionError
 from onnxpress.compiler.linears import Linear, find_linears
@@ -192,21 +192,16 @@ class Structured(Pass):
         whole = sum(some[0].nbytes for some in options)
         least = sum(some[-1].nbytes for some in options)
         if self.kl is not None:
-            chosen = allocate_within(options, self.kl)
-            if chosen is None or not any(chosen):
-                cost = least_cost(options)
-                raise OptionError(
-                    f"{self.name()}: kl={self.kl} cannot be met, the least that a cut costs is {cost:.2g}",
-                    hint=f"the nearest is kl={cost * 1.1:.2g}",
-                )
+            chosen = choose_within(options, self.kl, self.name())
         else:
             budget = (1 - (self.ratio or 0.0)) * whole
             if self.size is not None:
                 budget = (sizes.read(self.size) or 0) - besides
-            chosen = allocate(options, budget)
-            if chosen is None:
+            met = allocate(options, budget)
+            if met is None:
                 nearest = f"ratio={math.floor(1e4 * (1 - least / whole)) / 1e4}"
                 self._refuse(nearest if self.size is None else f"size='{sizes.written(least + besides)}'")
+            chosen = met
         for one, some, index in zip(found, options, chosen, strict=True):
             one.count, one.expected = one.counts[index], some[index].cost
 

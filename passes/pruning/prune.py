@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxpress.compiler import sizes
-from onnxpress.compiler.allocation import Option, allocate, allocate_within, least_cost
+from onnxpress.compiler.allocation import Option, allocate, choose_within
 from onnxpress.compiler.blocks import find_blocks
 from onnxpress.compiler.calibration_text import feeds
 from onnxpress.compiler.errors import OptionError, PreconditionError
@@ -295,14 +295,7 @@ class Prune(Pass):
     def _solve(self, choices: Sequence[_Choice], needed: float) -> list[int]:
         sized = [choice.sized() for choice in choices]
         if self.kl is not None:
-            chosen = allocate_within(sized, self.kl)
-            if chosen is None or not any(chosen):
-                cost = least_cost(sized)
-                raise OptionError(
-                    f"prune: kl={self.kl} cannot be met, the least that anything costs is {cost:.2g}",
-                    hint=f"the nearest is kl={cost * 1.1:.2g}",
-                )
-            return chosen
+            return choose_within(sized, self.kl, self.name())
         budget = _FINE * (sum(choice.most for choice in choices) - needed)
         # A share that all together just save is out of reach by less than rounding.
         found = allocate(sized, max(budget, sum(min(one.nbytes for one in options) for options in sized)))

@@ -227,7 +227,7 @@ class PruneChannels(Pass):
             facts = {"channels_before": group.total, "channels_after": group.counts[index], "loss": group.losses[index]}
             report.change(group.name, **facts, nodes=group.makers)
         report.metrics |= {"channels_before": before, "channels_after": after, "loss": _loss(groups, chosen)}
-        what = f"{1 - after / before:.1%} of the channels of {len(groups)} groups and {saved / 1e6:.1f} MB removed"
+        what = f"{1 - after / before:.1%} of the channels of {len(groups)} groups and {sizes.written(saved)} removed"
         report.notes.insert(0, f"{what}, {'fitted' if fitted else 'not fitted'}")
 
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_met_is_refused_with_the_nearest() -> None:
         ("ratio=0.99", r"cannot be met, all layers at the smallest size take ratio=0\.875"),
         ("size='1kB'", "cannot be met, all layers at the smallest size take size='"),
         ("size='1GB'", "size=1GB is met as it is: the model takes"),
-        ("kl=1e-9", "cannot be met, the least that a cut costs is"),
+        ("kl=1e-9", "cannot be met, the least that anything costs is"),
         ("ratio=0.2, exclude=('nothing',)", "exclude='nothing' matches no layer"),
     ):
         with pytest.raises(OptionError, match=message) as caught:
